@@ -1,0 +1,101 @@
+"""A block: the parameters of one layer that share one curvature matrix, with views of their state."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from triton_curv.blocks.bank import FactorKey, FactorStore
+from triton_curv.blocks.rule import Rule
+from triton_curv.errors import ConfigurationError, NoStatisticsError
+
+
+class Block:
+    """(F + lambda I)^-1 for the parameters of one layer, F = A (x) G or a single factor.
+
+    The tensors belong to the optimizer; a block holds views. `settle` is how the optimizer brings pending statistics
+    into view and `ensure_inverse` how it inverts when that never happened.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rule: Rule,
+        index: int,
+        store: FactorStore,
+        averages: Callable[["Block"], dict[str, Tensor]],
+        ensure_inverse: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.rule = rule
+        self.index = index
+        keys = {factor: FactorKey(index, factor) for factor in rule.factor_shapes}
+        self.keys = keys
+        self.store = store
+        self.sums = {factor: store.view("sums", key) for factor, key in keys.items()}
+        self.inverses = {factor: store.view("inverses", key) for factor, key in keys.items()}
+        self.counts = store.counts[index]
+        self.matrix_size = math.prod(rule.matrix_shape)
+        self._averages = averages
+        self._ensure_inverse = ensure_inverse
+        squeeze = rule.matrix_shape[0] == 1
+        self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
+
+    @torch.no_grad()
+    def accumulate_(self, inputs: Tensor, grad_output: Tensor, training: bool, first: bool) -> None:
+        """Add one use of the layer, seen in its backward pass; only the `first` one in a forward brings samples."""
+        uses = self.rule.accumulate_(self.sums, inputs, grad_output, training)
+        if first:
+            self.counts[0].add_(uses.samples)
+        self.counts[1].add_(uses.rows)
+
+    def factors(self) -> dict[str, Tensor]:
+        """Dense copies of the factors, {"A", "G"} or {"F"}: the moving average including pending statistics.
+
+        A (groups, d_in[+1], d_in[+1]) and G (groups, d_out, d_out), without the leading dimension for one group.
+        Raises NoStatisticsError before the first backward pass.
+        """
+        if not bool(self.store.folds[self.index] + self.counts[0] > 0):
+            raise NoStatisticsError(
+                f"block '{self.name}' has seen no backward pass yet; run loss.backward() first (statistics are taken "
+                "on the first step and then every factor_interval steps)"
+            )
+        return {name: self.rule.present(name, tensor).clone() for name, tensor in self._averages(self).items()}
+
+    def solve(self, matrix: Tensor, out: Tensor) -> None:
+        """out = G^-1 D A^-1, or F^-1 D; both (batch, rows, columns)."""
+        operators = self._operators
+        if len(matrix) == 1:
+            matrix, out = matrix[0], out[0]
+        if "F" in operators:
+            torch.matmul(operators["F"], matrix, out=out)
+        else:
+            torch.matmul(operators["G"] @ matrix, operators["A"], out=out)
+
+    @torch.no_grad()
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(F + damping)^-1 grad for {"weight": ..., "bias": ...}: same names and shapes, same dtypes.
+
+        Uses the damped inverses of the last refresh. Raises ConfigurationError if a name or shape does not fit.
+        """
+        if set(grads) != set(self.rule.params):
+            raise ConfigurationError(
+                f"block '{self.name}' preconditions {sorted(self.rule.params)}, got {sorted(grads)}"
+            )
+        self._ensure_inverse()
+        some = next(iter(self.inverses.values()))
+        matrix = torch.empty(self.rule.matrix_shape, dtype=some.dtype, device=some.device)
+        for name, part in self.rule.views(matrix).items():
+            if grads[name].shape != part.shape:
+                raise ConfigurationError(
+                    f"block '{self.name}': expected {name} of shape {tuple(part.shape)}, got {tuple(grads[name].shape)}"
+                )
+            part.copy_(grads[name])
+        out = torch.empty_like(matrix)
+        self.solve(matrix, out)
+        return {name: part.to(grads[name].dtype).clone() for name, part in self.rule.views(out).items()}
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{k} {s.batch}x{s.size}x{s.size}" for k, s in self.rule.factor_shapes.items())
+        return f"Block({self.name!r}, {shapes})"

@@ -1,0 +1,67 @@
+"""Convolutions: A = E[mean over positions of patch patch^T], G = E[sum over positions of g g^T], per group."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.modules.conv import _ConvNd
+
+from triton_curv.blocks.patches import patch_rows
+from triton_curv.blocks.rule import FactorShape, Uses
+from triton_curv_kernels import accumulate_factor_
+
+
+class ConvRule:
+    """Kronecker factors of `torch.nn.Conv1d/2d/3d`, one pair (A, G) for each group.
+
+    All strides, dilations, paddings (also 'same', reflect, replicate, circular) and groups.
+    Source: KFC, arXiv 1602.01407; normalisation as in arXiv 2002.06015 section 3 (1/T on A).
+    """
+
+    def __init__(self, module: _ConvNd, params: Mapping[str, Parameter]) -> None:
+        self.module = module
+        self.params = params
+        self.has_bias = "bias" in params
+        self.fan_in = math.prod(module.weight.shape[1:])
+        groups, rows = module.groups, module.out_channels // module.groups
+        columns = self.fan_in + self.has_bias
+        self.factor_shapes = {"A": FactorShape(groups, columns), "G": FactorShape(groups, rows)}
+        self.matrix_shape = (groups, rows, columns)
+        per_group, *kernel = module.weight.shape[1:]
+        order = torch.arange(self.fan_in, device=module.weight.device).view(math.prod(kernel), per_group).T.flatten()
+        self.weight_order = torch.cat([order, order.new_tensor([self.fan_in] * self.has_bias)])
+        self.approximation = "Kronecker per group; exact for one output position in deep linear nets"
+
+    def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
+        """A += patches^T patches and G += g^T g over all samples and positions."""
+        if inputs.dim() == len(self.module.kernel_size) + 1:
+            inputs, grad_output = inputs[None], grad_output[None]
+        groups, per_group, _ = self.matrix_shape
+        patches = patch_rows(self.module, inputs)
+        # (samples, groups * per_group, positions) -> (groups, samples * positions, per_group)
+        signal = grad_output.reshape(grad_output.shape[0], groups, per_group, -1)
+        signal = signal.permute(1, 0, 3, 2).reshape(groups, -1, per_group)
+        if groups == 1:
+            accumulate_factor_(sums["A"][0], patches[0], ones=self.has_bias)
+            accumulate_factor_(sums["G"][0], signal[0])
+        else:
+            accumulate_factor_(sums["A"], patches, ones=self.has_bias)
+            accumulate_factor_(sums["G"], signal)
+        return Uses(samples=inputs.shape[0], rows=patches.shape[1])
+
+    def views(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Weight: all columns but the bias's; bias: the last column. Groups follow one another."""
+        rows = matrix.view(self.module.out_channels, -1)
+        per_group, *kernel = self.module.weight.shape[1:]
+        parts = {"weight": rows[:, : self.fan_in].view(-1, *kernel, per_group).movedim(-1, 1)}
+        if self.has_bias:
+            parts["bias"] = rows[:, -1]
+        return parts
+
+    def present(self, name: str, factor: Tensor) -> Tensor:
+        """(groups, n, n) in the order of `weight.flatten(1)`, without the leading dimension for one group."""
+        if name == "A":
+            factor = factor[:, self.weight_order][:, :, self.weight_order]
+        return factor[0] if self.module.groups == 1 else factor

@@ -1,0 +1,58 @@
+"""What differs between layer families: which statistics a layer gives, and how its gradient becomes a matrix."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+
+class FactorShape(NamedTuple):
+    """`batch` symmetric matrices of `size` x `size`."""
+
+    batch: int
+    size: int
+
+
+class Uses(NamedTuple):
+    """How many units (samples) and how many rows (samples x positions) one use of a layer contributed."""
+
+    samples: int
+    rows: int
+
+
+class Rule(Protocol):
+    """One layer's curvature, stateless: statistics in, shapes out.
+
+    The curvature of a block is F = A (x) G with P = G^-1 D A^-1, or a single factor F with P = F^-1 D, where D, of
+    shape `matrix_shape` (batch, rows, columns), is the gradient of the block's parameters laid out as matrices.
+    """
+
+    @property
+    def module(self) -> Module:
+        """The layer."""
+
+    @property
+    def params(self) -> Mapping[str, Parameter]:
+        """Its trainable parameters, by the layer's own names."""
+
+    @property
+    def factor_shapes(self) -> Mapping[str, FactorShape]:
+        """{"A", "G"} or {"F"}."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """(batch, rows, columns) of the gradient matrix D."""
+
+    @property
+    def approximation(self) -> str:
+        """Which curvature it is and when it is exact, for `explain()`."""
+
+    def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
+        """Add this use's uncentred second moments to `sums`, unnormalised; return how much was added."""
+
+    def views(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The parts of a (batch, rows, columns) matrix that belong to each parameter, in the parameter's shape."""
+
+    def present(self, name: str, factor: Tensor) -> Tensor:
+        """A factor (batch, size, size) in the shape that the user is shown."""

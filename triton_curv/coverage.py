@@ -1,0 +1,98 @@
+"""The coverage report: every parameter, how it is trained, and why."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Parameter
+
+from triton_curv.blocks import Block
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One parameter: who trains it (`trainer`), with which curvature and how exact (`note`), and what that costs.
+
+    `factors` holds the factor shapes, `factor_bytes` their memory (averages, sums and inverses), `solve_flops` the
+    work of one preconditioning, `bytes_sent` what a step sends to other ranks. Costs stand in the row of a block's
+    first parameter.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    trainer: str
+    note: str
+    factors: str = ""
+    factor_bytes: int = 0
+    solve_flops: int = 0
+    bytes_sent: int = 0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All parameters of an optimizer; `print` it for a table."""
+
+    rows: tuple[CoverageRow, ...]
+
+    @property
+    def covered(self) -> float:
+        """Share of trained scalars that have a curvature block."""
+        total = sum(math.prod(row.shape) for row in self.rows)
+        return sum(math.prod(row.shape) for row in self.rows if row.trainer == "kfac") / max(total, 1)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "trained by", "factors", "KiB", "kFLOP", "bytes sent", "curvature")
+        cells = [
+            (
+                row.parameter,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.trainer,
+                row.factors,
+                f"{row.factor_bytes / 1024:.1f}" if row.factors else "",
+                f"{row.solve_flops / 1e3:.1f}" if row.factors else "",
+                str(row.bytes_sent) if row.factors else "",
+                row.note,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *cells]
+        ]
+        lines.append(f"{self.covered:.1%} of the trained numbers have a curvature block")
+        return "\n".join(lines)
+
+
+def coverage_of(
+    blocks: Mapping[str, Block],
+    groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Parameter, str],
+    reasons: Mapping[Parameter, str],
+    fallback: str,
+) -> Coverage:
+    """The report for blocks and the parameters that `fallback` trains, in the order of the parameter groups."""
+    block_of = {p: block for block in blocks.values() for p in block.rule.params.values()}
+    rows: list[CoverageRow] = []
+    described: set[str] = set()
+    for group in groups:
+        for p in group["params"]:
+            block = block_of.get(p)
+            if block is None:
+                note = f"none: {reasons[p]}"
+                rows.append(CoverageRow(names[p], tuple(p.shape), fallback, note))
+                continue
+            shapes = block.rule.factor_shapes
+            costs: dict[str, Any] = {}
+            if block.name not in described:
+                described.add(block.name)
+                batch, height, width = block.rule.matrix_shape
+                sides = (height + width) if "A" in shapes else height
+                costs = {
+                    "factors": ", ".join(f"{k} {s.batch}x{s.size}x{s.size}" for k, s in shapes.items()),
+                    "factor_bytes": 3 * sum(t.numel() * t.element_size() for t in block.sums.values()),
+                    "solve_flops": 2 * batch * height * width * sides,
+                }
+            rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", block.rule.approximation, **costs))
+    return Coverage(tuple(rows))

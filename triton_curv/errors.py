@@ -1,0 +1,17 @@
+"""Every error this library raises on purpose; each also is the built-in error that a torch user would expect."""
+
+
+class TritonCurvError(Exception):
+    """Base of all errors raised by triton_curv."""
+
+
+class ConfigurationError(TritonCurvError, ValueError):
+    """An argument that can't be used: the message says what was expected and what came."""
+
+
+class NoStatisticsError(TritonCurvError, RuntimeError):
+    """Curvature was asked for before any backward pass gave statistics."""
+
+
+class StateMismatchError(TritonCurvError, ValueError):
+    """A state dict that belongs to another model or another optimizer."""

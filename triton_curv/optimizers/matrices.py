@@ -1,0 +1,93 @@
+"""Gradients of blocks as matrices: one flat buffer for a parameter group, with views for blocks and parameters."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from triton_curv.blocks import Block
+from triton_curv.errors import NoStatisticsError
+
+
+class Part(NamedTuple):
+    """One parameter of a block, and the views of the flat buffers that belong to it, in the parameter's shape."""
+
+    param: Parameter
+    grad: Tensor
+    update: Tensor
+    momentum: Tensor
+
+
+class Row(NamedTuple):
+    """One block: its matrices (batch, rows, columns) in the flat buffers, and its parameters."""
+
+    block: Block
+    grad: Tensor
+    update: Tensor
+    parts: tuple[Part, ...]
+
+
+class Lists(NamedTuple):
+    """The rows that take part in a step, as the lists that multi-tensor operations take."""
+
+    rows: list[Row]
+    params: list[Tensor]
+    grads: list[Tensor]
+    updates: list[Tensor]
+    momenta: list[Tensor]
+    row_grads: list[Tensor]
+    row_updates: list[Tensor]
+    root_sizes: Tensor
+    row_of_param: list[int]
+
+
+class MatrixGroup:
+    """Gradient, update and momentum of the blocks of one parameter group."""
+
+    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> None:
+        sizes = [block.matrix_size for block in blocks]
+        self.grads, self.updates, self.momenta = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(3))
+        self.rows: list[Row] = []
+        buffers = (self.grads, self.updates, self.momenta)
+        pieces = zip(*(torch.split(buffer, sizes) for buffer in buffers), strict=True)
+        for block, flat in zip(blocks, pieces, strict=True):
+            matrices = [piece.view(block.rule.matrix_shape) for piece in flat]
+            views = [block.rule.views(matrix) for matrix in matrices]
+            parts = tuple(Part(param, *(view[name] for view in views)) for name, param in block.rule.params.items())
+            self.rows.append(Row(block, matrices[0], matrices[1], parts))
+        # hyper-parameters of a step that changes nothing: see `momentum_update_`
+        self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
+        self._cache: tuple[tuple[bool, ...], Lists] | None = None
+
+    def active(self) -> Lists:
+        """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
+        present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
+        if self._cache is None or self._cache[0] != present:
+            rows = [row for row in self.rows if any(part.param.grad is not None for part in row.parts)]
+            for row in rows:
+                if any(part.param.grad is None for part in row.parts):
+                    raise NoStatisticsError(
+                        f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
+                        "got one for some of them only"
+                    )
+            for buffer in (self.grads, self.updates):
+                buffer.zero_()  # what an idle block left there must not enter a sum over the whole buffer
+            self._cache = (present, self._lists(rows))
+        return self._cache[1]
+
+    def _lists(self, rows: list[Row]) -> Lists:
+        parts = [part for row in rows for part in row.parts]
+        sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
+        return Lists(
+            rows=rows,
+            params=[part.param for part in parts],
+            grads=[part.grad for part in parts],
+            updates=[part.update for part in parts],
+            momenta=[part.momentum for part in parts],
+            row_grads=[row.grad for row in rows],
+            row_updates=[row.update for row in rows],
+            root_sizes=sizes.sqrt(),
+            row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
+        )

@@ -1,0 +1,49 @@
+"""Loading a state dict into the buffers an optimizer already has."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from triton_curv.errors import StateMismatchError
+
+
+def load_state_in_place(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """`Optimizer.load_state_dict` that copies into existing tensors, whatever their dtype, instead of replacing them.
+
+    torch's own casts every state tensor to the parameter's dtype and rebinds it, which would turn fp32 factors into
+    bf16 and leave views of flat buffers behind. Raises StateMismatchError, with nothing changed, if groups, parameters,
+    state names or shapes differ.
+    """
+    for hook in list(optimizer._optimizer_load_state_dict_pre_hooks.values()):
+        replaced = hook(optimizer, dict(state_dict))
+        state_dict = state_dict if replaced is None else replaced
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+    if sizes != saved_sizes:
+        raise StateMismatchError(f"expected parameter groups of sizes {sizes}, got {saved_sizes}")
+    saved_keys = [key for g in saved_groups for key in g["params"]]
+    params = [p for g in groups for p in g["params"]]
+    saved_state = state_dict["state"]
+    copies: list[tuple[Tensor, Tensor]] = []
+    for index, (key, param) in enumerate(zip(saved_keys, params, strict=True)):
+        own, saved = optimizer.state[param], saved_state.get(key, {})
+        if set(own) != set(saved):
+            raise StateMismatchError(
+                f"parameter {index}: expected state {sorted(own)}, got {sorted(saved)}; is it another optimizer's?"
+            )
+        for name, value in own.items():
+            given = torch.as_tensor(saved[name])
+            if value.shape != given.shape:
+                raise StateMismatchError(
+                    f"parameter {index}: expected '{name}' of shape {tuple(value.shape)}, got {tuple(given.shape)}"
+                )
+            copies.append((value, given))
+    for value, given in copies:
+        value.copy_(given)
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        group.update({k: v for k, v in saved_group.items() if k != "params"})
+    for post_hook in list(optimizer._optimizer_load_state_dict_post_hooks.values()):
+        post_hook(optimizer)
