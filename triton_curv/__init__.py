@@ -7,12 +7,14 @@ from triton_curv.errors import (
     TritonCurvError,
 )
 from triton_curv.optimizers.kfac import KFAC
+from triton_curv.optimizers.neumann import Neumann
 
 __version__ = "0.1.0"
 
 __all__ = [
     # optimizers
     "KFAC",
+    "Neumann",
     # errors
     "ConfigurationError",
     "NoStatisticsError",

@@ -11,7 +11,7 @@ def kronecker_shifts(mean_A: Tensor, mean_G: Tensor, damping: Tensor) -> tuple[T
     (broadcastable). The product of the two shifts is lambda. A factor that is exactly zero (dead layer) leaves both
     shifts finite. Source: arXiv 1811.12019 section 3; Martens and Grosse 2015 section 6.3.
     """
-    tiny = 1e-20
-    pi = torch.sqrt(mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny))
+    tiny = torch.finfo(mean_A.dtype).tiny
+    pi = torch.sqrt(mean_A.clamp_min(tiny)) / torch.sqrt(mean_G.clamp_min(tiny))
     root = torch.sqrt(damping)
     return pi * root, root / pi

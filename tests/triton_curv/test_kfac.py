@@ -408,6 +408,54 @@ def test_a_bypassed_layer_is_an_error() -> None:
         optimizer.step()
 
 
+class Twice(nn.Module):
+    """Calls its layer twice; only the second output reaches the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc(x.roll(1, 0))
+        out: Tensor = self.fc(x)
+        return out
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_whose_output_is_not_used_adds_nothing(compiled: bool) -> None:
+    torch.manual_seed(0)
+    once, twice = nn.Sequential(nn.Linear(4, 3)), Twice()
+    twice.fc.load_state_dict(once[0].state_dict())
+    x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
+    factors = []
+    for model in (once, twice):
+        optimizer = tc.KFAC(model)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        functional.cross_entropy(run(x), y).backward()
+        factors.append(next(iter(optimizer.blocks.values())).factors())
+    for name, value in factors[0].items():
+        torch.testing.assert_close(factors[1][name], value)
+
+
+def test_a_copy_of_the_model_is_not_tapped() -> None:
+    model = small_net()
+    optimizer = tc.KFAC(model)
+    x, y = batches(1)[0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    for twin in (copy.deepcopy(model), loaded):
+        functional.cross_entropy(twin(x), y).backward()
+        assert not optimizer._store.counts.any()
+
+
+def test_detach_leaves_the_model_as_it_was() -> None:
+    model = small_net()
+    optimizer = tc.KFAC(model)
+    optimizer.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_factors_before_any_backward_is_an_error() -> None:
     optimizer = tc.KFAC(small_net())
     with pytest.raises(tc.NoStatisticsError, match="backward"):

@@ -11,6 +11,8 @@ from triton_curv.damping import kronecker_shifts
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import damped_inverse, raised, stand_in
 
+USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
+
 
 class FactorKey(NamedTuple):
     """Factor `name` ("A", "G" or "F") of block number `block`."""
@@ -34,14 +36,16 @@ class Bank:
 
 
 class FactorStore:
-    """The factors of all blocks, the counts behind them, and the two operations on them: fold and invert.
+    """All factors, the counts behind them, and the two operations on them: fold and invert.
 
-    Vectors over blocks: `counts` (samples and rows since the last fold), `samples` (in the last fold), `folds`.
+    Vectors over blocks: `samples` in the last fold, `folds`, and `counts` since it, (blocks, 1 + USES): rows over all
+    calls of the layer, and samples of its first, second, ... call in a forward, the largest of which is N: a layer
+    called twice sees its samples twice, and a call whose output is not used brings none.
     Vectors over factors, in the order of the banks: `failures` in a row, `rungs`, `residuals` of the last inversion.
     """
 
     def __init__(self, shapes: Sequence[Mapping[str, FactorShape]], dtype: torch.dtype, device: torch.device) -> None:
-        self.counts = torch.zeros(len(shapes), 2, dtype=dtype, device=device)
+        self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.folds = torch.zeros(len(shapes), dtype=dtype, device=device)
         keys: dict[int, list[FactorKey]] = {}
@@ -95,6 +99,10 @@ class FactorStore:
         whole: Tensor = getattr(bank, kind)
         return whole[place]
 
+    def seen(self) -> Tensor:
+        """Samples N of each block since the last fold."""
+        return self.counts[:, 1:].amax(1)
+
     def pending(self, decay: float, signal_scale: float, summed: bool) -> tuple[Tensor, Tensor]:
         """What normalises the pending sum of each factor, and its weight in the moving average.
 
@@ -102,7 +110,7 @@ class FactorStore:
         weight corrects the average's start, (1 - decay) / (1 - decay^k) at fold k. A factor without pending samples,
         or whose sum is not finite (its diagonal shows it: X^T X), gets weight 0.
         """
-        samples, rows = self.counts[self.owner].unbind(-1)
+        rows, samples = self.counts[self.owner, 0], self.seen()[self.owner]
         of_signal = (1 / samples if summed else samples) / signal_scale**2
         traces = torch.cat([bank.sums.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in self.banks])
         usable = (samples > 0) & traces.isfinite()
@@ -126,7 +134,7 @@ class FactorStore:
                 bank.sums.masked_fill_((weight[bank.rows] == 0)[:, None, None], 0.0)
             bank.averages.lerp_(bank.sums, weight[bank.rows, None, None])
             bank.sums.zero_()
-        samples = self.counts[:, 0]
+        samples = self.seen()
         self.folds.add_(samples > 0)
         self.samples.copy_(torch.where(samples > 0, samples, self.samples))
         self.counts.zero_()
@@ -141,7 +149,8 @@ class FactorStore:
             shifts[self.row_A], shifts[self.row_G] = kronecker_shifts(mean_A, mean_G, damping_A)
         if len(self.row_F):
             shifts[self.row_F] = self._damping(self.row_F, means[self.row_F], damping, relative)
-        return shifts.clamp_min(torch.finfo(shifts.dtype).tiny ** 0.5)  # a dead layer's factor is 0, and so is lambda
+        least = torch.finfo(shifts.dtype).tiny ** 0.5  # for a dead layer: its factor is 0, and so is lambda
+        return torch.where(shifts > 0, shifts, least)
 
     def _damping(self, rows: Tensor, curvature: Tensor, damping: Tensor, relative: Tensor) -> Tensor:
         """lambda of each row; its relative part is measured over the whole block, so that a dead group is damped."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.bank import FactorKey, FactorStore
+from triton_curv.blocks.bank import USES, FactorKey, FactorStore
 from triton_curv.blocks.rule import Rule
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 
@@ -43,12 +43,12 @@ class Block:
         self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
 
     @torch.no_grad()
-    def accumulate_(self, inputs: Tensor, grad_output: Tensor, training: bool, first: bool) -> None:
-        """Add one use of the layer, seen in its backward pass; only the `first` one in a forward brings samples."""
-        uses = self.rule.accumulate_(self.sums, inputs, grad_output, training)
-        if first:
-            self.counts[0].add_(uses.samples)
-        self.counts[1].add_(uses.rows)
+    def accumulate_(self, inputs: Tensor, grad_output: Tensor, training: bool, use: int) -> None:
+        """Add call number `use` of the layer in a forward, as seen in its backward pass."""
+        added = self.rule.accumulate_(self.sums, inputs, grad_output, training)
+        self.counts[0].add_(added.rows)
+        if use < USES:
+            self.counts[1 + use].add_(added.samples)
 
     def factors(self) -> dict[str, Tensor]:
         """Dense copies of the factors, {"A", "G"} or {"F"}: the moving average including pending statistics.
@@ -56,7 +56,7 @@ class Block:
         A (groups, d_in[+1], d_in[+1]) and G (groups, d_out, d_out), without the leading dimension for one group.
         Raises NoStatisticsError before the first backward pass.
         """
-        if not bool(self.store.folds[self.index] + self.counts[0] > 0):
+        if not bool(self.store.folds[self.index] + self.counts[1:].amax() > 0):
             raise NoStatisticsError(
                 f"block '{self.name}' has seen no backward pass yet; run loss.backward() first (statistics are taken "
                 "on the first step and then every factor_interval steps)"

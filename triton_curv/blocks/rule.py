@@ -15,7 +15,7 @@ class FactorShape(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """How many units (samples) and how many rows (samples x positions) one use of a layer contributed."""
+    """How many units (samples) and how many rows (samples x positions) one call of a layer contributed."""
 
     samples: int
     rows: int
@@ -49,7 +49,7 @@ class Rule(Protocol):
         """Which curvature it is and when it is exact, for `explain()`."""
 
     def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
-        """Add this use's uncentred second moments to `sums`, unnormalised; return how much was added."""
+        """Add one call's uncentred second moments to `sums`, unnormalised; return how much was added."""
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """The parts of a (batch, rows, columns) matrix that belong to each parameter, in the parameter's shape."""

@@ -4,7 +4,7 @@ Both statistics are taken in backward, so nothing is counted twice under activat
 alive there anyway for the weight gradient. Module backward hooks would break `torch.compile(fullgraph=True)`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,40 +18,38 @@ from triton_curv.blocks import Block
 class CaptureSwitch:
     """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
 
-    `uses` counts the calls of each block's layer since the model's forward began: a layer called again in the same
-    forward adds positions, not samples. Where only parts of the model are ever called, each call counts its samples.
+    `calls` counts the calls of each layer since the model's forward began: a layer called again in one forward adds
+    positions, not samples. Where only parts of the model are ever called, each call counts as a first one.
     """
 
     def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.saw_model = False
-        self.uses: dict[str, int] = {}
-
-    def begin_forward(self) -> None:
-        """The model's own forward starts."""
-        self.saw_model = True
-        self.uses = {}
+        self.begin_step(enabled)
 
     def begin_step(self, enabled: bool) -> None:
         """A new step starts, with taps on or off."""
         self.enabled = enabled
         self.saw_model = False
-        self.uses = {}
+        self.calls: dict[str, int] = {}
 
-    def first_use(self, name: str) -> bool:
-        """Whether this call of a layer brings new samples."""
-        count = self.uses.get(name, 0)
-        self.uses[name] = count + 1
-        return count == 0 or not self.saw_model
+    def begin_forward(self) -> None:
+        """The model's own forward starts."""
+        self.saw_model = True
+        self.calls = {}
+
+    def next_use(self, name: str) -> int:
+        """Number of this call of a layer in the current forward, from 0."""
+        use = self.calls.get(name, 0)
+        self.calls[name] = use + 1
+        return use if self.saw_model else 0
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, block: Block, training: bool, first: bool) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, block: Block, training: bool, use: int) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.block = block
         ctx.training = training
-        ctx.first = first
+        ctx.use = use
         # An alias autograd does not call a view: a view made here would forbid an in-place ReLU after the layer.
         alias: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
         return alias
@@ -59,27 +57,51 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inputs,) = ctx.saved_tensors
-        ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.first)
+        ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.use)
         return grad_output, None, None, None, None
+
+
+class _ModelHook:
+    """Tells the switch that the model's forward begins."""
+
+    def __init__(self, switch: CaptureSwitch) -> None:
+        self.switch = switch
+
+    def __call__(self, module: Module, args: tuple[Any, ...]) -> None:
+        if self.switch.enabled:
+            self.switch.begin_forward()
+
+    def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
+        return _NoHook, ()
+
+
+class _LayerHook:
+    """Taps the output of one layer while the switch is on."""
+
+    def __init__(self, block: Block, switch: CaptureSwitch) -> None:
+        self.block = block
+        self.switch = switch
+
+    def __call__(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if not (self.switch.enabled and torch.is_grad_enabled() and output.requires_grad):
+            return None
+        inputs: Tensor = args[0] if args else kwargs["input"]
+        use = self.switch.next_use(self.block.name)
+        tapped: Tensor = _Tap.apply(output, inputs.detach(), self.block, module.training, use)  # type: ignore[no-untyped-call]  # torch's
+        return tapped
+
+    def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What a tap becomes in a copied or unpickled model: the copy's gradients are not this optimizer's statistics."""
+
+    def __call__(self, *_: object) -> None:
+        return None
 
 
 def attach_taps(model: Module, blocks: Iterable[Block], switch: CaptureSwitch) -> list[RemovableHandle]:
     """Register the forward hooks that tap every block's layer while `switch.enabled`."""
-
-    def begin(module: Module, args: tuple[Any, ...]) -> None:
-        if switch.enabled:
-            switch.begin_forward()
-
-    return [model.register_forward_pre_hook(begin), *(_attach(block, switch) for block in blocks)]
-
-
-def _attach(block: Block, switch: CaptureSwitch) -> RemovableHandle:
-    def tap(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        if not (switch.enabled and torch.is_grad_enabled() and output.requires_grad):
-            return None
-        inputs: Tensor = args[0] if args else kwargs["input"]
-        first = switch.first_use(block.name)
-        tapped: Tensor = _Tap.apply(output, inputs.detach(), block, module.training, first)  # type: ignore[no-untyped-call]  # torch's
-        return tapped
-
-    return block.rule.module.register_forward_hook(tap, with_kwargs=True)
+    hooks = [block.rule.module.register_forward_hook(_LayerHook(block, switch), with_kwargs=True) for block in blocks]
+    return [model.register_forward_pre_hook(_ModelHook(switch)), *hooks]

@@ -31,6 +31,9 @@ class KFAC(Optimizer):
     damped inverses are renewed every `inverse_interval` steps. Every trainable parameter is trained: those of layers
     without a block by `fallback`; `explain()` says which and why.
 
+    A averages over all rows of all calls of a layer. N, the samples the loss is a mean over, is the leading size of the
+    layer's input, added up over the model's forwards since the last step; more calls in one forward add positions only.
+
     Args:
         model: the module to train; blocks are made for its Linear, Conv1d/2d/3d and BatchNorm1d/2d/3d layers.
         lr: step size. With `update_size="rms"` the root mean square of a layer's step, in units of the weights.
@@ -216,7 +219,7 @@ class KFAC(Optimizer):
 
     def _check_taps(self) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
-        seen = (self._store.counts[:, 0] + self._store.folds > 0).tolist()
+        seen = (self._store.seen() + self._store.folds > 0).tolist()
         self._all_seen = all(seen)
         missed = [
             block.name
