@@ -1,0 +1,93 @@
+"""Cost of a training step of every optimizer on every scenario, as a ratio to SGD: one thread, interleaved, medians.
+
+python -m profiles.bench_steps [SCENARIO ...] [--csv FILE]     appends to profiles/results/steps.csv by default
+
+A step is forward, backward, step() and zero_grad() in process CPU time; a block of steps holds whole refresh cycles, so
+the figure of K-FAC is the mean over a cycle. `optimizer_ms` is the time in step() and zero_grad() alone.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from triton_curv.scenarios import SCENARIOS, get_scenario
+from triton_curv.training.environment import commit, hardware
+from triton_curv.training.optimizers import OPTIMIZERS
+from triton_curv.training.timing import one_thread
+from triton_curv.training.trainer import Trainer
+
+ROUNDS = 25
+CYCLE = 20
+FIELDS = ["date", "commit", "cpu", "torch", "scenario", "optimizer", "step_ms", "step_ratio", "optimizer_ms"]
+
+
+def block_times(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """Mean CPU seconds of a whole step, and of the optimizer's part of it, over `steps` steps."""
+    whole = part = 0.0
+    for _ in range(steps):
+        x, y = trainer.draw()
+        start = time.process_time()
+        trainer.scenario.loss(trainer.model(x), y).backward()
+        middle = time.process_time()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        end = time.process_time()
+        whole += end - start
+        part += end - middle
+    return whole / steps, part / steps
+
+
+def measure(name: str) -> dict[str, tuple[float, float]]:
+    """Median (step, optimizer part) in ms of every optimizer on one scenario, blocks taken in rotation."""
+    scenario = get_scenario(name)
+    data = scenario.load()
+    steps = CYCLE * (ROUNDS + 1)
+    trainers = {n: Trainer(scenario, data, n, scenario.learning_rates[n] / 10, 0, steps) for n in OPTIMIZERS}
+    blocks: dict[str, list[tuple[float, float]]] = {n: [] for n in trainers}
+    with one_thread():
+        for _ in range(ROUNDS + 1):
+            for n, trainer in trainers.items():
+                blocks[n].append(block_times(trainer, CYCLE))
+    return {
+        n: (statistics.median(w for w, _ in b[1:]) * 1e3, statistics.median(p for _, p in b[1:]) * 1e3)
+        for n, b in blocks.items()
+    }
+
+
+def main() -> None:
+    """Measure, print a table, append the rows to a CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "steps.csv")
+    arguments = parser.parse_args()
+    machine = {
+        "date": date.today().isoformat(),
+        "commit": commit() or "",
+        "cpu": hardware()["cpu"],
+        "torch": torch.__version__,
+    }
+    rows = []
+    for scenario in arguments.scenarios or SCENARIOS:
+        times = measure(scenario)
+        print(f"{scenario:12} {'step ms':>9} {'x SGD':>7} {'x AdamW':>8} {'step() ms':>10}")
+        for name, (step, part) in times.items():
+            ratio = step / times["sgd"][0]
+            print(f"  {name:10} {step:9.3f} {ratio:7.2f} {step / times['adamw'][0]:8.2f} {part:10.3f}")
+            values = (scenario, name, f"{step:.4f}", f"{ratio:.3f}", f"{part:.4f}")
+            rows.append({**machine, **dict(zip(FIELDS[4:], values, strict=True))})
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not arguments.csv.exists()
+    with arguments.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The commands and their options; data sets and matplotlib are imported when a command runs, not before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="triton-curv",
+    help="Train with curvature: K-FAC and Neumann beside SGD and AdamW, on real data.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ScenarioName = Annotated[
+    str,
+    typer.Argument(metavar="SCENARIO", show_default=False, help="What to train; see `triton-curv scenarios`."),
+]
+
+
+@app.command()
+def scenarios() -> None:
+    """List the scenarios: data, model, loss and budget of each."""
+    from triton_curv.cli.scenarios import show_scenarios
+
+    show_scenarios()
+
+
+@app.command()
+def train(
+    scenario: ScenarioName,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, adamw, neumann or kfac.", show_default="kfac")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the scenario's")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs in all.", show_default="what fills the scenario's budget")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step.", show_default="the scenario's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and batches.", show_default="0")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, float64 or bfloat16.", show_default="float32")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of checkpoint and results.", show_default="runs/SCENARIO-OPTIMIZER-SEED"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Checkpoint to continue bit for bit; it holds all options not given.")
+    ] = None,
+) -> None:
+    """Train one model; Ctrl-C leaves a checkpoint that --resume continues bit for bit."""
+    from triton_curv.cli.train import TrainOptions, run_train
+
+    options = TrainOptions(scenario, optimizer, lr, epochs, batch_size, seed, device, dtype, out, resume)
+    raise typer.Exit(run_train(options))
+
+
+@app.command()
+def compare(
+    scenario: ScenarioName,
+    optimizers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "sgd,adamw,neumann,kfac",
+    rates: Annotated[int, typer.Option(help="Learning rates tried for each optimizer, a factor sqrt(10) apart.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Seeds; the rates are tried on the first.")] = 3,
+    steps: Annotated[int | None, typer.Option(help="Steps of each run.", show_default="the scenario's budget")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.png, results.csv, run.json.", show_default="runs/compare-SCENARIO"),
+    ] = None,
+) -> None:
+    """Compare optimizers: the same number of rates for each, several seeds, a table and a picture."""
+    from triton_curv.cli.compare import run_compare
+
+    run_compare(scenario, optimizers, rates, seeds, steps, out)

@@ -1,0 +1,1 @@
+"""Training runs with exact checkpoints, and fair comparisons of optimizers."""

@@ -1,0 +1,158 @@
+"""One model in training: a scenario's data and model, an optimizer, and the order of batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from triton_curv.scenarios import Data, Scenario
+from triton_curv.training.batches import BatchOrder
+from triton_curv.training.errors import SettingError
+from triton_curv.training.optimizers import get_optimizer
+
+EVALUATION_ROWS = 256
+"""Rows of one forward pass of an evaluation: larger activations leave the cache of a CPU core."""
+LOSS_ROWS = 2000
+"""At most so many training rows, a fixed choice, give the evaluated training loss."""
+
+
+@runtime_checkable
+class DisplacedOptimizer(Protocol):
+    """An optimizer that takes gradients away from the true weights (Neumann): it swaps them in and out."""
+
+    def eval(self) -> None:
+        """Put the true weights into the model."""
+
+    def train(self) -> None:
+        """Put the displaced weights back, bit for bit."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss on training rows and the scenario's metric on the validation rows, both in eval mode."""
+
+    train_loss: float
+    metric: float
+
+
+class Trainer:
+    """Trains a scenario step by step; the same seed gives every optimizer the same weights and batches.
+
+    Args:
+        scenario: What to train.
+        data: The scenario's data, already loaded (it is moved to ``device`` and ``dtype``).
+        optimizer: Name in ``OPTIMIZERS``.
+        lr: Learning rate, positive.
+        seed: Of the model's weights, the batches, and torch's global generator.
+        steps: Steps the run is planned for (Neumann's reset period follows from it).
+        batch_size: Rows of a batch; the scenario's by default.
+        device: Where to train.
+        dtype: Of the model and the floating-point data.
+
+    Raises:
+        SettingError: Where the optimizer is unknown or a number is out of range.
+
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        data: Data,
+        optimizer: str,
+        lr: float,
+        seed: int,
+        steps: int,
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        build = get_optimizer(optimizer)
+        if not (math.isfinite(lr) and lr > 0):
+            raise SettingError(f"expected a positive learning rate, got {lr}")
+        if not 0 <= seed < 2**63:
+            raise SettingError(f"expected a seed from 0 to 2^63 - 1, got {seed}")
+        self.scenario = scenario
+        self.order = BatchOrder(len(data.train_x), scenario.batch_size if batch_size is None else batch_size, seed)
+        self.step_count = 0
+        torch.manual_seed(seed)
+        self.model = scenario.model().to(device=device, dtype=dtype)
+        self.optimizer = build(self.model, lr, steps)
+        self.data = _moved(data, device, dtype)
+        rows = len(data.train_x)
+        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:LOSS_ROWS].sort().values
+        self._loss_rows = None if rows <= LOSS_ROWS else chosen.to(self.data.train_x.device)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next batch."""
+        rows = self.order.draw().to(self.data.train_x.device)
+        return self.data.train_x[rows], self.data.train_y[rows]
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Forward, backward, ``optimizer.step()``, ``zero_grad()``; returns the batch loss, detached."""
+        x, y = batch
+        loss = self.scenario.loss(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step_count += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Evaluated training loss and validation metric at the true weights; training goes on unchanged."""
+        data, rows = self.data, self._loss_rows
+        x, y = (data.train_x, data.train_y) if rows is None else (data.train_x[rows], data.train_y[rows])
+        self.model.eval()
+        if isinstance(self.optimizer, DisplacedOptimizer):
+            self.optimizer.eval()
+        loss = self.scenario.loss(self._outputs(x), y)
+        metric = self.scenario.metric.measure(self._outputs(data.val_x), data.val_y, data.target_scale)
+        if isinstance(self.optimizer, DisplacedOptimizer):
+            self.optimizer.train()
+        self.model.train()
+        return Evaluation(float(loss), metric)
+
+    def true_weights(self) -> dict[str, Tensor]:
+        """Copies of the model's parameters and buffers, for use rather than for more training."""
+        if isinstance(self.optimizer, DisplacedOptimizer):
+            self.optimizer.eval()
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        if isinstance(self.optimizer, DisplacedOptimizer):
+            self.optimizer.train()
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the global random state that the next step depends on."""
+        return {
+            "step": self.step_count,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order.load_state_dict(state["order"])
+        self.step_count = state["step"]
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        return torch.cat([self.model(part) for part in torch.split(x, EVALUATION_ROWS)])
+
+
+def _moved(data: Data, device: torch.device | None, dtype: torch.dtype) -> Data:
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    return replace(
+        data,
+        train_x=move(data.train_x),
+        train_y=move(data.train_y),
+        val_x=move(data.val_x),
+        val_y=move(data.val_y),
+    )
