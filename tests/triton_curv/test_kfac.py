@@ -379,6 +379,20 @@ def test_capture_compiles_without_graph_breaks(backend: str, inplace: bool) -> N
             torch.testing.assert_close(factors[1][name][kind], value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_model_has_one_graph_for_each_state_of_the_taps() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_net()
+    optimizer = tc.KFAC(model, lr=1e-3, factor_interval=4, inverse_interval=4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for x, y in batches(10):
+        functional.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_taps_run_only_on_steps_that_need_them() -> None:
     model = small_net()
     optimizer = tc.KFAC(model, factor_interval=3)

@@ -1,0 +1,1 @@
+"""The optimizers, one a file: `step` reads as the paper's algorithm."""
