@@ -2,7 +2,9 @@
 
 from triton_curv.errors import (
     ConfigurationError,
+    EvaluationModeError,
     NoStatisticsError,
+    SparseGradientError,
     StateMismatchError,
     TritonCurvError,
 )
@@ -17,7 +19,9 @@ __all__ = [
     "Neumann",
     # errors
     "ConfigurationError",
+    "EvaluationModeError",
     "NoStatisticsError",
+    "SparseGradientError",
     "StateMismatchError",
     "TritonCurvError",
 ]

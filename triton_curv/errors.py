@@ -9,9 +9,17 @@ class ConfigurationError(TritonCurvError, ValueError):
     """An argument that can't be used: the message says what was expected and what came."""
 
 
+class EvaluationModeError(TritonCurvError, RuntimeError):
+    """The optimizer is in `eval()` mode: its parameters hold other weights than those it trains."""
+
+
 class NoStatisticsError(TritonCurvError, RuntimeError):
     """Curvature was asked for before any backward pass gave statistics."""
 
 
 class StateMismatchError(TritonCurvError, ValueError):
     """A state dict that belongs to another model or another optimizer."""
+
+
+class SparseGradientError(TritonCurvError, RuntimeError):
+    """A sparse gradient, for an update that moves every weight."""

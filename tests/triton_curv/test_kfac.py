@@ -232,7 +232,8 @@ def test_schedulers_built_in_either_order_change_the_step() -> None:
 def test_tensor_hyper_parameters_equal_floats() -> None:
     models = [small_net(), small_net()]
     train(models[0], tc.KFAC(models[0], lr=0.01, momentum=0.8, relative_damping=0.1), batches(5))
-    tensors: dict[str, Any] = {k: torch.tensor(v) for k, v in (("lr", 0.01), ("momentum", 0.8), ("relative_damping", 0.1))}
+    floats = {"lr": 0.01, "momentum": 0.8, "relative_damping": 0.1}
+    tensors: dict[str, Any] = {k: torch.tensor(v) for k, v in floats.items()}
     train(models[1], tc.KFAC(models[1], **tensors), batches(5))
     for a, b in zip(weights(models[0]), weights(models[1]), strict=True):
         torch.testing.assert_close(a, b)

@@ -1,6 +1,7 @@
 """Loading a state dict into the buffers an optimizer already has."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def load_state_in_place(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> 
     for hook in list(optimizer._optimizer_load_state_dict_pre_hooks.values()):
         replaced = hook(optimizer, dict(state_dict))
         state_dict = state_dict if replaced is None else replaced
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    groups, saved_groups = optimizer.param_groups, deepcopy(state_dict["param_groups"])
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
     if sizes != saved_sizes:
         raise StateMismatchError(f"expected parameter groups of sizes {sizes}, got {saved_sizes}")

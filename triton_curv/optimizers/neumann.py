@@ -1,0 +1,341 @@
+"""Neumann optimizer: the inverse Hessian implicitly, by Neumann iterates, at one gradient a step."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
+from triton_curv.optimizers.state import load_state_in_place
+from triton_curv_kernels.neumann import neumann_update_
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def next_reset(t: int, period: int) -> int:
+    """The first reset after main-loop step t: of 1, 1 + K, 1 + 3K, 1 + 7K, ... with K = period, the first above t.
+
+    arXiv 1712.03298, Algorithm 2 line 6 with a K that doubles after each reset (Table 1). t <= 0 means warm-up.
+    """
+    if t < 1:
+        return 1
+    return 1 + period * ((1 << ((t - 1) // period + 1).bit_length()) - 1)
+
+
+def mu_at(t: int, mu: tuple[float, float], mu_steps: float) -> float:
+    """mu(t) = clip(1 - 1/(1 + t/mu_steps), mu[0], mu[1]); arXiv 1712.03298 Table 1. t <= 0 means warm-up: mu[0]."""
+    return min(max(1 - 1 / (1 + max(t, 0) / mu_steps), mu[0]), mu[1])
+
+
+class Neumann(Optimizer):
+    r"""w <- w + mu m - lr d, m <- mu m - lr d: Nesterov momentum on grad + regulariser, with doubling restarts.
+
+    One step of Algorithm 2 (arXiv 1712.03298), with D = ||w - v||_2 over all parameters and n variables:
+
+        d = grad + (alpha D^2 - beta n / D^2) (w - v) / D
+        m = mu m - lr d
+        w = w + mu m - lr d
+        v = w + gamma (v - w)
+
+    The parameters hold the displaced weights w; the true weights are u = w - mu m. `eval()` puts u into the parameters,
+    for evaluation and export; `train()` brings w back bit for bit. State: m and v, as much memory as Adam's.
+
+    What the listing leaves open, and what is done here:
+
+    * Warm-up: the first `warmup` steps are SGD. v stays w_0, the weights the first step finds, and m stays 0, as line 1
+      has it. So D > 0 when the repulsive term, beta n / D^2 long, comes in; with warmup=0 that term is large at first.
+    * D = 0: the regulariser's gradient is 0; the denominators hold max(D, 1e-8).
+    * The main loop counts t = 1, 2, ... after warm-up. t = 1 is a reset, and so are t = 1 + K, 1 + 3K, 1 + 7K, ... for
+      K = `period`: m = -lr grad; w and v don't move.
+    * mu(t) = clip(1 - 1/(1 + t/mu_steps), *mu). The paper gives no unit of t: main-loop steps here, unless `mu_steps`
+      says how many steps make one unit.
+    * Every group has its own hyper-parameters and counts its own steps. D and n (variables that require a gradient)
+      are those of all groups together. A parameter without a gradient does not move, but counts in D.
+
+    The paper's warm-up is 5 epochs and its period 10: multiply by `len(loader)` to get `warmup` and `period`. On small
+    problems (digits, Boston) 20 steps of warm-up reached low losses sooner than 100. If training blows up right after
+    warm-up, D is still small: lengthen `warmup` or lower `beta`.
+
+    Args:
+        params: parameters, named parameters or groups: fp32, bf16, fp16 or fp64, on one device.
+            m and v are fp32 (fp64 for fp64 parameters).
+        lr: eta, a float or a 0-dim tensor; the one number to tune, says the paper.
+        alpha: weight of the cubic regulariser alpha/3 ||w - v||^3, which attracts.
+        beta: weight per variable of the regulariser beta n / ||w - v||, which repels.
+        gamma: decay per step of the moving average v.
+        mu: first and last value of mu(t); (0.9, 0.9) is constant.
+        mu_steps: steps per unit of t in mu(t).
+        period: steps from the first reset to the second.
+        warmup: steps of SGD before the main loop.
+        weight_decay: L2 coefficient; weight_decay * w is added to the gradient.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ConfigurationError: a number out of range, complex parameters, parameters on several devices.
+
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        alpha: float | Tensor = 1e-7,
+        beta: float | Tensor = 1e-5,
+        gamma: float | Tensor = 0.99,
+        mu: tuple[float, float] = (0.5, 0.9),
+        mu_steps: float = 1,
+        period: int = 200,
+        warmup: int = 20,
+        weight_decay: float | Tensor = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "beta": beta,
+            "gamma": gamma,
+            "mu": mu,
+            "mu_steps": mu_steps,
+            "period": period,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        self._last_hyper: dict[Tensor, tuple[list[float], Tensor]] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # what copies and unpickled optimizers lack
+        super().__setstate__(state)
+        self._last_hyper = {}
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether the parameters hold the true weights u, as after `eval()`, and not the displaced weights w."""
+        return bool(self.param_groups[0]["evaluating"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with m = 0, v = w and a warm-up of its own; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ConfigurationError: as the constructor.
+            EvaluationModeError: in `eval()` mode.
+
+        """
+        if self.param_groups and self.evaluating:
+            raise EvaluationModeError("expected train() before add_param_group(), got eval() mode")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        devices = {p.device for g in self.param_groups for p in g["params"]}
+        try:
+            _check_group(group, devices)
+        except ConfigurationError:
+            self.param_groups.pop()
+            raise
+        for p in group["params"]:
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            self.state[p] = {
+                "momentum_buffer": torch.zeros_like(p, dtype=dtype, requires_grad=False),
+                "exp_avg": p.detach().to(dtype, copy=True),
+            }
+        distance_dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
+        distance = torch.zeros((), dtype=distance_dtype, device=next(iter(devices), None))
+        group.update(step=0, distance=distance, evaluating=False)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch leaves it untyped
+        reason="the step decides by Python counters; what it launches are compile-clean ops"
+    )
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step with the gradients at the displaced weights; returns the loss of `closure`, if there is one.
+
+        Raises:
+            EvaluationModeError: in `eval()` mode.
+            SparseGradientError: a gradient is sparse.
+
+        """
+        if self.evaluating:
+            raise EvaluationModeError("expected train() before step(), got eval() mode: the parameters hold w - mu m")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._opt_called = True  # what a scheduler's wrapper would note
+        groups = [group for group in self.param_groups if group["params"]]
+        for grad in (p.grad for group in groups for p in group["params"]):
+            if grad is not None and grad.layout != torch.strided:
+                raise SparseGradientError(f"expected dense gradients, got one of layout {grad.layout}")
+        distances = [group["distance"] for group in groups]
+        if len(groups) > 1:
+            distances = [_norm(distances)] * len(groups)
+        variables = sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
+        for group, distance in zip(groups, distances, strict=True):
+            self._step_group(group, distance, variables)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], distance: Tensor, variables: int) -> None:
+        """Lines 2 to 12 of Algorithm 2 for one group, given D over all groups."""
+        every: list[Tensor] = group["params"]
+        params = [p for p in every if p.grad is not None]
+        if not params:
+            return
+        grads = _gradients(params, group)
+        momentum_buffers = [self.state[p]["momentum_buffer"] for p in params]
+        if group["step"] == 0:
+            torch._foreach_copy_(self._exp_avgs(every), every)
+        group["step"] += 1
+        t = group["step"] - group["warmup"]
+        lr = _on_host_if_there(group["lr"])
+
+        if t < 1 or t == next_reset(t - 1, group["period"]):
+            wide = [g.to(m.dtype) for g, m in zip(grads, momentum_buffers, strict=True)]
+            descent = torch._foreach_mul(wide, -lr)
+            if t < 1:
+                torch._foreach_add_(params, descent)
+            else:
+                torch._foreach_copy_(momentum_buffers, descent)
+            group["distance"].copy_(_norm(torch._foreach_sub(every, self._exp_avgs(every))))
+            return
+
+        mu = mu_at(t, group["mu"], group["mu_steps"])
+        hyper = self._hyper(group, [lr, mu, group["alpha"], group["beta"] * variables, group["gamma"]])
+        if distance is not group["distance"]:
+            group["distance"].copy_(distance)
+        neumann_update_(params, momentum_buffers, self._exp_avgs(params), grads, group["distance"], hyper)
+        if len(params) < len(every):
+            still = [p for p in every if p.grad is None]
+            rest = _norm(torch._foreach_sub(still, self._exp_avgs(still)))
+            torch.hypot(group["distance"], rest, out=group["distance"])
+
+    def _hyper(self, group: dict[str, Any], values: list[float | Tensor]) -> Tensor:
+        """`values` in one tensor on the group's device, last step's if they are the same; no wait for the device."""
+        values = [_on_host_if_there(v) for v in values]
+        floats = [0.0 if isinstance(v, Tensor) else v for v in values]
+        distance: Tensor = group["distance"]
+        last_floats, hyper = self._last_hyper.get(distance, (None, distance))
+        if floats != last_floats:
+            host = torch.tensor(floats, dtype=distance.dtype, pin_memory=distance.is_cuda)
+            hyper = host.to(distance.device, non_blocking=True)
+            self._last_hyper[distance] = floats, hyper
+        for slot, value in enumerate(values):
+            if isinstance(value, Tensor):
+                hyper[slot].copy_(value)
+        return hyper
+
+    def _exp_avgs(self, params: Sequence[Tensor]) -> list[Tensor]:
+        return [self.state[p]["exp_avg"] for p in params]
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the true weights u = w - mu m (Algorithm 2 line 13) into the parameters; `train()` undoes it.
+
+        Needs memory for one more copy of the weights until then. BatchNorm statistics are those of w: re-estimate them
+        if they matter. A second call changes nothing.
+        """
+        if self.evaluating:
+            return
+        for group in self.param_groups:
+            mu = mu_at(group["step"] - group["warmup"], group["mu"], group["mu_steps"])
+            for p in group["params"]:
+                state = self.state[p]
+                state["displaced"] = p.detach().clone()
+                p.copy_(torch.sub(p, state["momentum_buffer"], alpha=mu))
+            group["evaluating"] = True
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the displaced weights w back into the parameters, bit for bit as before `eval()`."""
+        if not self.evaluating:
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p].pop("displaced"))
+            group["evaluating"] = False
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict()` gave, in either mode, into the existing buffers; m and v keep their dtypes.
+
+        The parameters are not touched: load the model's weights that were saved at the same moment. The mode becomes
+        that of the checkpoint.
+
+        Raises:
+            StateMismatchError: a state dict of another optimizer or model; nothing is changed then.
+
+        """
+        saved_groups = state_dict["param_groups"]
+        if not all({"step", "distance", "evaluating"} <= set(group) for group in saved_groups):
+            raise StateMismatchError("expected the state dict of a Neumann optimizer, got one without its step")
+        distances = [group["distance"] for group in self.param_groups]
+        displaced = {p: state.pop("displaced") for p, state in self.state.items() if "displaced" in state}
+        if any(group["evaluating"] for group in saved_groups):
+            for p, state in self.state.items():
+                state["displaced"] = torch.empty_like(p, requires_grad=False)
+        try:
+            load_state_in_place(self, state_dict)
+        except StateMismatchError:
+            for p, state in self.state.items():
+                state.pop("displaced", None)
+                if p in displaced:
+                    state["displaced"] = displaced[p]
+            raise
+        for group, distance in zip(self.param_groups, distances, strict=True):
+            group["distance"] = distance.copy_(group["distance"])
+
+
+# A scheduler wraps `step` to see that it is called; compiled before that, `step` would be called unseen.
+vars(Neumann.step)["_wrapped_by_lr_sched"] = True
+
+
+def _norm(tensors: Tensors) -> Tensor:
+    """The 2-norm of all elements of all tensors together."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return norm
+
+
+def _gradients(params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Gradients of what is minimised, L2 term included."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    decay = _on_host_if_there(group["weight_decay"])
+    if isinstance(decay, Tensor) or decay != 0:
+        grads = list(torch._foreach_add(grads, torch._foreach_mul(params, decay)))
+    return grads
+
+
+def _on_host_if_there(value: float | Tensor) -> float | Tensor:
+    """A float for a CPU tensor; a tensor on an accelerator stays there, since reading it would wait for the device."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _check_group(group: dict[str, Any], devices: set[torch.device]) -> None:
+    if len(devices) > 1:
+        raise ConfigurationError(f"expected all parameters on one device, got {sorted(map(str, devices))}")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ConfigurationError(f"expected real floating-point parameters, got {p.dtype}")
+    for name in ("lr", "alpha", "beta", "weight_decay"):
+        value = group[name]
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigurationError(f"expected {name} >= 0, got {value}")
+    if not 0 <= group["gamma"] <= 1:
+        raise ConfigurationError(f"expected gamma in [0, 1], got {group['gamma']}")
+    mu = tuple(group["mu"])
+    if len(mu) != 2 or not 0 <= mu[0] <= mu[1] < 1:
+        raise ConfigurationError(f"expected mu = (first, last) with 0 <= first <= last < 1, got {group['mu']}")
+    if not group["mu_steps"] > 0:
+        raise ConfigurationError(f"expected mu_steps > 0, got {group['mu_steps']}")
+    for name, least in (("period", 1), ("warmup", 0)):
+        if not isinstance(group[name], int) or group[name] < least:
+            raise ConfigurationError(f"expected {name} to be an integer >= {least} (steps), got {group[name]!r}")
