@@ -8,20 +8,31 @@ from triton_curv.errors import (
     StateMismatchError,
     TritonCurvError,
 )
+from triton_curv.operators.errors import ClosureError, NoGraphError, NonFiniteError, UnsupportedOpError
 from triton_curv.optimizers.kfac import KFAC
 from triton_curv.optimizers.neumann import Neumann
+from triton_curv.optimizers.neumann_inner import NeumannInner
+from triton_curv.optimizers.newton_cg import NewtonCG
+from triton_curv.optimizers.sgn import SGN
 
 __version__ = "0.1.0"
 
 __all__ = [
     # optimizers
     "KFAC",
+    "SGN",
     "Neumann",
+    "NeumannInner",
+    "NewtonCG",
     # errors
+    "ClosureError",
     "ConfigurationError",
     "EvaluationModeError",
+    "NoGraphError",
     "NoStatisticsError",
+    "NonFiniteError",
     "SparseGradientError",
     "StateMismatchError",
     "TritonCurvError",
+    "UnsupportedOpError",
 ]

@@ -229,8 +229,8 @@ class KFAC(Optimizer):
         if missed:
             raise NoStatisticsError(
                 f"expected a tapped backward pass through every layer with a gradient, got none for {missed}: was the "
-                "model compiled and run before KFAC was built (then call torch.compiler.reset()), is the layer's "
-                "forward bypassed, or was it run while the optimizer was not the one built last?"
+                "model compiled and run before KFAC was built (then call torch.compiler.reset()), or is the layer's "
+                "forward bypassed?"
             )
 
     def _invert(self) -> None:
@@ -288,7 +288,7 @@ class KFAC(Optimizer):
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
             group["step"] = steps
-        self._switch.begin_step(enabled=steps % self.factor_interval == 0)
+        self.capture(steps % self.factor_interval == 0)
 
     def _apply(self, steps: int) -> None:
         """Region 3: P = G^-1 D A^-1 for every block, its size, momentum, decay, update."""
@@ -369,6 +369,10 @@ class KFAC(Optimizer):
             bank.sums.zero_()
         self._inverted = bool((self._store.folds > 0).any())
         self._set_steps(cast("int", self.param_groups[0]["step"]))
+
+    def capture(self, enabled: bool) -> None:
+        """Take statistics in the coming backward passes, or take none, until the next `step()` decides again."""
+        self._switch.begin_step(enabled)
 
     def detach(self) -> None:
         """Take the taps off the model; the optimizer can't step with fresh curvature afterwards."""

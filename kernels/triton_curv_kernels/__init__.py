@@ -1,0 +1,20 @@
+"""Triton kernels for curvature optimizers, each beside its plain-torch reference."""
+
+from triton_curv_kernels.backend import BackendError, UnsupportedInputError
+from triton_curv_kernels.factor import accumulate_factor_
+from triton_curv_kernels.momentum import momentum_update_
+from triton_curv_kernels.neumann import neumann_update_
+from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric
+
+__all__ = [
+    # factors
+    "accumulate_factor_",
+    "pack_symmetric",
+    "unpack_symmetric",
+    # updates
+    "momentum_update_",
+    "neumann_update_",
+    # errors
+    "BackendError",
+    "UnsupportedInputError",
+]

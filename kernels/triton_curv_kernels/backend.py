@@ -1,0 +1,81 @@
+"""Which implementation an op takes, Triton or the plain-torch reference, and what the device under it allows."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "triton"]
+
+VARIABLE = "TRITON_CURV_BACKEND"
+
+
+class BackendError(ValueError):
+    """TRITON_CURV_BACKEND holds something else than "auto", "reference" or "triton"."""
+
+
+class UnsupportedInputError(ValueError):
+    """An op got tensors of a shape, dtype or device that it does not take."""
+
+
+@lru_cache(maxsize=8)
+def _parse(value: str | None) -> Backend:
+    name = (value or "auto").strip().lower()
+    for backend in get_args(Backend):
+        if name == backend:
+            return backend  # type: ignore[no-any-return]  # get_args is untyped
+    raise BackendError(f"expected {VARIABLE} to be one of {get_args(Backend)}, got {value!r}")
+
+
+def use_reference(tensor: Tensor) -> bool:
+    """Whether ops on `tensor` run their plain-torch reference instead of Triton.
+
+    "auto" (the default): on CPU only. TRITON_CURV_BACKEND, read at each call, overrides: "reference" or "triton".
+
+    Raises:
+        BackendError: the variable has another value.
+
+    """
+    backend = _parse(os.environ.get(VARIABLE))
+    return tensor.device.type == "cpu" if backend == "auto" else backend == "reference"
+
+
+def wrap_triton(kernel: Callable[..., Any]) -> Any:
+    """`torch.library.wrap_triton`, or the kernel itself under TRITON_INTERPRET=1 (torch 2.11 refuses those).
+
+    It keeps torch's name: the keys of torch's compile caches come from calls of that name in an op's source.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return kernel if isinstance(kernel, InterpretedFunction) else torch.library.wrap_triton(kernel)
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a kernel's configuration depends on.
+
+    `shared_memory`: bytes a program may use; `multiprocessors`: programs that run at a time, at least.
+    """
+
+    platform: Literal["cuda", "hip"] = "cuda"
+    multiprocessors: int = 132
+    shared_memory: int = 227 * 1024
+
+
+NO_DEVICE = DeviceLimits()  # those of an H100: what tracing and offline compilation assume
+
+
+@lru_cache(maxsize=64)
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Limits of `device`; `NO_DEVICE` if there is no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return NO_DEVICE
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return DeviceLimits("hip", properties.multi_processor_count, 64 * 1024)
+    shared_memory = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in torch's stub
+    return DeviceLimits("cuda", properties.multi_processor_count, shared_memory)

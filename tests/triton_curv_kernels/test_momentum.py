@@ -1,0 +1,199 @@
+"""`momentum_update_`: kernel in the interpreter and CPU reference, against the formulas written out in float64."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_curv_kernels.backend import UnsupportedInputError
+from triton_curv_kernels.momentum import (
+    CONFIGS,
+    MomentumConfig,
+    default_config,
+    launch_momentum_update_,
+    merged_axes,
+    momentum_update_,
+    prune,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# a parameter is rounded once: half a unit in the last place, plus fp32 noise
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 4e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+SHAPES = [(7, 5), (300,), (), (0, 4), (1,), (6, 5, 3, 3), (4, 1, 2)]
+
+Update = Callable[..., None]
+
+both = pytest.mark.parametrize(
+    "update_",
+    [
+        pytest.param(momentum_update_, id="reference"),
+        pytest.param(launch_momentum_update_, id="default", marks=pytest.mark.interpreter),
+        pytest.param(
+            partial(launch_momentum_update_, config=MomentumConfig(BLOCK=64, num_warps=1)),
+            id="small blocks",
+            marks=pytest.mark.interpreter,
+        ),
+    ],
+)
+
+
+class Lists(NamedTuple):
+    """Arguments of `momentum_update_`, in their order."""
+
+    params: list[Tensor]
+    momenta: list[Tensor]
+    updates: list[Tensor]
+    scales: list[Tensor]
+    hyper: Tensor
+
+
+def hyper(lr: float = 0.1, momentum: float = 0.9, decay: float = 0.02, of_m: float = 0.8, of_u: float = 0.3) -> Tensor:
+    return torch.tensor([lr, momentum, decay, of_m, of_u])
+
+
+def lists(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, wide: torch.dtype | None = None) -> Lists:
+    """Random tensors; momenta of dtype `wide`, fp32 if it is not told."""
+    generator = torch.Generator().manual_seed(0)
+    wide = wide or torch.float32
+    params, momenta, updates = (
+        [torch.randn(shape, generator=generator).to(d) for shape in shapes] for d in (dtype, wide, dtype)
+    )
+    return Lists(params, momenta, updates, list(torch.rand(len(shapes), generator=generator).unbind()), hyper())
+
+
+def check(update_: Update, args: Lists) -> None:
+    """In place, as the formulas say; updates, scales and hyper stay."""
+    lr, momentum, decay, of_m, of_u = args.hyper.double()
+    targets = []
+    for p, m, u, s in zip(*args[:4], strict=True):
+        step = s.double() * u.double()
+        m_new = momentum * m.double() + step
+        targets.append((p.double() * (1 - lr * decay) - lr * (of_m * m_new + of_u * step), m_new))
+    kept = [t.clone() for t in (*args.updates, *args.scales, args.hyper)]
+
+    update_(*args)
+
+    for p, m, (p_new, m_new) in zip(args.params, args.momenta, targets, strict=True):
+        torch.testing.assert_close(p.double(), p_new, rtol=TOLERANCE[p.dtype], atol=TOLERANCE[p.dtype] / 8)
+        torch.testing.assert_close(m.double(), m_new, rtol=TOLERANCE[m.dtype], atol=TOLERANCE[m.dtype])
+    for before, after in zip(kept, (*args.updates, *args.scales, args.hyper), strict=True):
+        assert torch.equal(before, after)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_formulas(update_: Update, dtype: torch.dtype) -> None:
+    check(update_, lists(SHAPES, dtype))
+
+
+@both
+def test_no_tensors(update_: Update) -> None:
+    update_([], [], [], [], hyper())
+
+
+@both
+def test_mixed_dtypes_in_one_list(update_: Update) -> None:
+    args = lists([(5, 3), (20,), (4,)])
+    args.params[1] = args.params[1].bfloat16()
+    args.updates[0] = args.updates[0].half()
+    check(update_, args)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "column of more": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "row of more": lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+    "four axes": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+}
+
+
+@both
+@pytest.mark.parametrize("of_momentum", VIEWS)
+@pytest.mark.parametrize("of_param", VIEWS)
+def test_any_strides(update_: Update, of_param: str, of_momentum: str) -> None:
+    args = lists([(6, 5, 3, 2)])
+    args.params[0] = VIEWS[of_param](args.params[0])
+    args.momenta[0] = VIEWS[of_momentum](args.momenta[0])
+    args.updates[0] = VIEWS["transposed"](args.updates[0])
+    check(update_, args)
+
+
+@both
+def test_nothing_beside_a_view_is_written(update_: Update) -> None:
+    memory = torch.full((2, 9, 12), float("nan"))
+    args = lists([(7, 5)])
+    views = [memory[0, 1:8, 2:12:2], memory[1, 1:8, 2:12:2]]
+    for view, values in zip(views, (args.params[0], args.momenta[0]), strict=True):
+        view.copy_(values)
+    check(update_, args._replace(params=[views[0]], momenta=[views[1]]))
+    assert memory.isnan().sum() == memory.numel() - 2 * 35
+
+
+@both
+def test_idle_hyper_changes_nothing(update_: Update) -> None:
+    """lr 0, momentum 1, scale 0: how an optimizer skips a step without looking at a flag."""
+    args = lists([(7, 5), (3,)])._replace(hyper=hyper(0.0, 1.0, 0.0, 0.0, 0.0), scales=[torch.zeros(())] * 2)
+    before = [t.clone() for t in (*args.params, *args.momenta)]
+    update_(*args)
+    for old, new in zip(before, (*args.params, *args.momenta), strict=True):
+        assert torch.equal(old, new)
+
+
+@both
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_is_torch_sgd(update_: Update, nesterov: bool) -> None:
+    args = lists([(7, 5), (3,)])
+    params = [torch.nn.Parameter(p.clone()) for p in args.params]
+    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=nesterov)
+    args = args._replace(
+        momenta=[torch.zeros_like(p) for p in params],
+        scales=[torch.ones(())] * 2,
+        hyper=hyper(decay=0.0, of_m=0.9 if nesterov else 1.0, of_u=float(nesterov)),
+    )
+    for _ in range(3):
+        for p, u in zip(params, args.updates, strict=True):
+            p.grad = u
+        sgd.step()
+        update_(*args)
+    for mine, theirs in zip(args.params, params, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_reference_takes_float64() -> None:
+    args = lists([(7, 5)], torch.float64, torch.float64)
+    check(momentum_update_, args._replace(hyper=args.hyper.double()))
+
+
+def test_merged_axes() -> None:
+    t = torch.empty(6, 5, 3, 2)
+    assert [(a.size, a.strides) for a in merged_axes(t, t)] == [(180, (1, 1))]
+    rows = torch.empty(6, 31)[:, :30].view(6, 3, 2, 5).movedim(-1, 1)  # a block's matrix with a bias column
+    assert [a.size for a in merged_axes(t, rows)] == [6, 5, 6]
+    assert [a.size for a in merged_axes(rows, t)] == [6, 6, 5]
+    assert merged_axes(torch.empty(1, 1), torch.empty(1, 1)) == []
+
+
+def test_bad_input_is_named() -> None:
+    good = lists([(3, 2), (4,)])
+    bad: list[tuple[Lists, str]] = [
+        (good._replace(scales=good.scales[:1]), "2 updates, 1 scales"),
+        (good._replace(hyper=good.hyper[:4]), r"expected hyper \(5,\) .* got \(4,\)"),
+        (good._replace(updates=good.updates[::-1]), r"at place 0, got \(3, 2\), \(3, 2\), \(4,\)"),
+        (good._replace(scales=[s[None] for s in good.scales]), r"0-dim scale .* \(1,\)"),
+    ]
+    for args, message in bad:
+        for update_ in (momentum_update_, launch_momentum_update_):
+            with pytest.raises(UnsupportedInputError, match=message):
+                update_(*args)
+    with pytest.raises(UnsupportedInputError, match=r"got \['torch.float64'\]"):
+        launch_momentum_update_(*lists([(3,)], torch.float64, torch.float64))
+
+
+@pytest.mark.parametrize("numel", [1, 1000, 100_000, 10_000_000])
+def test_default_is_one_of_the_pruned_configs(numel: int) -> None:
+    assert default_config(numel) in prune(CONFIGS, numel)

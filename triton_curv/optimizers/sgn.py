@@ -1,0 +1,232 @@
+"""Stochastic Gauss-Newton: damped Gauss-Newton steps by conjugate gradients (arXiv 2006.02409)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from triton_curv.errors import ConfigurationError
+from triton_curv.operators.cg import RULES, NegativeCurvature, StoppingRule, cg
+from triton_curv.operators.ggn import GaussNewtonOperator
+from triton_curv.operators.loss import as_loss_and_output, check_finite
+from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype
+from triton_curv.optimizers.groups import choose
+from triton_curv.optimizers.matrix_free import (
+    MatrixFree,
+    PreconditionerArgument,
+    Solve,
+    Trial,
+    damped,
+    negated,
+    never_traced,
+    number,
+    widened,
+)
+
+Product = Literal["auto", "jvp", "double_vjp"]
+
+RAISE, LOWER, POOR, GOOD = 3 / 2, 2 / 3, 1 / 4, 3 / 4
+
+
+def predicted_change(gradient: Vectors, direction: Vectors, damped_product: Vectors) -> Tensor:
+    """g.d + d.(G + rho I)d / 2: what the damped quadratic model says the loss changes by."""
+    return dot(gradient, direction) + 0.5 * dot(direction, damped_product)
+
+
+def trust_region_damping(damping: Tensor, ratio: float, least: float) -> Tensor:
+    """rho 3/2 where actual/predicted change < 1/4 or is no number, max(2/3 rho, least) where > 3/4, else rho.
+
+    Source: arXiv 2006.02409, the authors' code.
+    """
+    if ratio > GOOD:
+        return (damping * LOWER).clamp_min(least)
+    return damping if ratio >= POOR else damping * RAISE
+
+
+class SGN(MatrixFree):
+    r"""w <- w + lr s d, (J^T H_L J + rho I) d = -g solved by CG, rho by trust region, s by line search.
+
+    `step(closure)` wants a closure that returns (loss, output), without `backward()`: the loss a function of the
+    output, the output the network's before the nonlinearity that belongs to the loss (logits). Parts of the loss that
+    do not pass through the output, weight decay say, count in g but have no curvature here. Gradients in `p.grad` are
+    neither read nor written. `step` returns the loss before the step. For micro-batches the closure returns a list of
+    pairs, whose graphs are all kept, or is a generator that yields them, run again for each product with one graph
+    alive at a time; the sum of the losses is what is minimised. The closure sees the same random numbers in every
+    pass of a step, BatchNorm's running statistics move once; it must see the same batch in all passes.
+
+    The first `cg_first_steps` steps make at most `cg_first_iter` iterations of CG whatever `cg_max_iter` says, as in
+    every logged run of the authors. With a trust region, the loss of the full step is compared with the model's
+    prediction and rho follows (`trust_region_damping`); the step is taken all the same.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        lr: step size; 1 needs no tuning. A float or a 0-dim tensor.
+        damping: rho, at the start; with `trust_region=False` always, read at each step from `param_groups`.
+        damping_min: the least rho a trust region goes down to.
+        cg_tol: tolerance of CG.
+        cg_max_iter: limit of its iterations.
+        cg_first_iter: the limit in the first steps.
+        cg_first_steps: how many steps those are.
+        stop: "gargiani": max|r| <= cg_tol after one iteration at least (the authors' code), "reiz", "relative".
+        negative_curvature: "exit" or "ignore"; J^T H_L J has none if the loss is convex in the output.
+        trust_region: adapt rho.
+        line_search: halve the step until the loss falls enough (Armijo, c = 1e-4, at most 10 times).
+        momentum: in [0, 1): the right-hand side is the bias-corrected moving average of gradients.
+        preconditioner: "identity", "diagonal" (1/(m^2 + rho)^0.75) or a `KFAC` of the same model, whose `step` is never
+            called.
+        product: how J v is made, "jvp" or "double_vjp" (`GaussNewtonOperator`), or "auto": the one a first measurement
+            finds faster; `explain()` names it. Measured times differ from run to run: name one for bitwise reproducible
+            training.
+        keep_history: record residual norms in `solves`.
+        groups: settings by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; all but lr must agree.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+
+    Source: Gargiani, Zanelli, Diehl, Hutter 2020, arXiv 2006.02409, and the authors' code.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1.0,
+        *,
+        damping: float | Tensor = 1e-4,
+        damping_min: float = 1e-6,
+        cg_tol: float = 1e-6,
+        cg_max_iter: int = 10,
+        cg_first_iter: int = 10,
+        cg_first_steps: int = 9,
+        stop: str = "gargiani",
+        negative_curvature: NegativeCurvature = "exit",
+        trust_region: bool = True,
+        line_search: bool = True,
+        momentum: float = 0.0,
+        preconditioner: PreconditionerArgument = "identity",
+        product: Product = "auto",
+        keep_history: bool = False,
+        groups: Sequence[Mapping[str, Any]] = (),
+        maximize: bool = False,
+    ) -> None:
+        choose("stop", stop, tuple(RULES))
+        choose("negative_curvature", negative_curvature, get_args(NegativeCurvature))
+        choose("product", product, get_args(Product))
+        if not 0 <= momentum < 1:
+            raise ConfigurationError(f"expected momentum in [0, 1), got {momentum}")
+        self._momentum = momentum
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "damping_min": damping_min,
+            "cg_tol": cg_tol,
+            "cg_max_iter": cg_max_iter,
+            "cg_first_iter": cg_first_iter,
+            "cg_first_steps": cg_first_steps,
+            "stop": stop,
+            "negative_curvature": negative_curvature,
+            "trust_region": trust_region,
+            "line_search": line_search,
+            "product": product,
+            "chosen_product": None if product == "auto" else product,
+            "keep_history": keep_history,
+            "maximize": maximize,
+        }
+        super().__init__(model, defaults, groups, preconditioner)
+        first = self.param_groups[0]["params"][0]
+        self.state[first]["damping"] = torch.as_tensor(damping, dtype=working_dtype(first), device=first.device).clone()
+
+    @property
+    def damping(self) -> Tensor:
+        """The rho of the next step, ()."""
+        if self._shared("trust_region"):
+            found: Tensor = self.state[self.param_groups[0]["params"][0]]["damping"]
+            return found
+        return torch.as_tensor(self._shared("damping"), dtype=torch.float64)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        numbers = {name: float(group[name]) for name in ("damping", "damping_min", "cg_tol")}
+        if not all(math.isfinite(value) and value >= 0 for value in numbers.values()):
+            raise ConfigurationError(f"expected numbers >= 0, got {numbers}")
+        limits = {name: group[name] for name in ("cg_max_iter", "cg_first_iter", "cg_first_steps")}
+        if limits["cg_max_iter"] < 1 or limits["cg_first_iter"] < 1 or limits["cg_first_steps"] < 0:
+            raise ConfigurationError(f"expected at least 1 iteration of CG and no negative steps, got {limits}")
+
+    def _init_state(self, p: Parameter) -> None:
+        if self._momentum:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(widened([p])[0], requires_grad=False)
+
+    @never_traced
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Tensor:  # type: ignore[override]  # the closure is a must
+        """One Gauss-Newton step on `closure() -> (loss, output)`; returns the loss before it.
+
+        Raises:
+            ClosureError: the closure returned something else, or a loss that is no function of the output.
+            NoGraphError: a loss or an output without graph.
+            NonFiniteError: the loss or its gradient is not finite; parameters and state stay as they are.
+            UnsupportedOpError: an op in the closure lacks a derivative that the product needs; says which.
+
+        """
+        maximize = self._shared("maximize")
+        frozen = self._freeze(negated(closure) if maximize else closure)
+        params = list(self._trained().values())
+        method: Any = self._method()
+        operator = GaussNewtonOperator(frozen, params, method, self._first_step())
+        gradient, loss = widened(operator.gradient), operator.loss
+        check_finite(loss, dot(gradient, gradient))
+
+        steps = int(self.param_groups[0]["step"]) + 1
+        average = self._averaged(gradient, params, steps)
+        rho = self.damping
+        result = cg(
+            damped(operator, number(rho)),
+            torch._foreach_neg(average),
+            StoppingRule.named(self._shared("stop"), self._shared("cg_tol")),
+            self._shared("cg_first_iter" if steps <= self._shared("cg_first_steps") else "cg_max_iter"),
+            preconditioner=self._preconditioner(frozen, _loss_of, params, average, number(rho)),
+            negative_curvature=self._shared("negative_curvature"),
+            keep_history=self._shared("keep_history"),
+        )
+        self.solves = [Solve.of(result, fell_back=torch.zeros_like(result.end, dtype=torch.bool))]
+        self._note_choice(operator.choice)
+        del operator  # and its graphs, before the weights they hold change
+
+        direction = result.solution
+        step = self._scaled(direction)
+        trial = Trial(params, frozen, _loss_of)
+        trial.move(step)
+        trust_region, line_search = self._shared("trust_region"), self._shared("line_search")
+        if trust_region or line_search:
+            before, after = float(loss), trial.loss()
+            if trust_region:
+                product = torch._foreach_neg(add_scaled(average, result.residual, 1.0))  # (G + rho I) d = -m - r
+                change = float(predicted_change(gradient, direction, list(product)))
+                ratio = (after - before) / change if change < 0 else math.nan
+                if change != 0 or bool(dot(gradient, gradient) > 0):
+                    rho.copy_(trust_region_damping(rho, ratio, self._shared("damping_min")))
+            if line_search:
+                trial.backtrack(step, before, float(dot(average, step)), after)
+        self._count_step()
+        return -loss if maximize else loss
+
+    def _averaged(self, gradient: Vectors, params: Sequence[Parameter], steps: int) -> Vectors:
+        """The bias-corrected moving average of gradients, this one included; the gradient itself without momentum."""
+        beta = self._momentum
+        if not beta:
+            return gradient
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, gradient, 1 - beta)
+        return list(torch._foreach_div(buffers, 1 - beta**steps))
+
+    def _curvature(self) -> str:
+        return f"the Gauss-Newton matrix J^T H_L J + {float(self.damping)} I"
+
+
+def _loss_of(result: Any) -> Tensor:
+    return as_loss_and_output(result).loss
