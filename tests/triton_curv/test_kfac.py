@@ -323,6 +323,18 @@ def test_explain_names_every_parameter_and_fallback_trains_it(fallback: Any) -> 
     assert still == {"frozen.weight", "unused.weight", "unused.bias"}
 
 
+@pytest.mark.parametrize("update_size", ["rms", "kl_clip", "none"])
+def test_a_step_without_any_gradient_changes_nothing(update_size: UpdateSize) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizer = tc.KFAC(model, update_size=update_size, groups=[{"modules": "1", "lr": 0.1}])
+    before = weights(model)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    train(model, optimizer, [(torch.randn(5, 4), torch.randint(0, 3, (5,)))])
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    assert optimizer.blocks["0"].factors()["A"].shape == (5, 5)
+
+
 def test_fallback_is_torch_adamw() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 1))

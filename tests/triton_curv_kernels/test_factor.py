@@ -85,6 +85,7 @@ def test_launch_accumulates_in_fp32(dtype: torch.dtype) -> None:
     target = expected(factor, rows, 0.7, 0.3, ones=True)
     launch_accumulate_factor_(factor, rows, 0.7, 0.3, ones=True, config=SMALL)
     torch.testing.assert_close(factor.double(), target, rtol=1e-6, atol=2e-5)
+    assert torch.equal(factor, factor.mT)
 
 
 @pytest.mark.interpreter

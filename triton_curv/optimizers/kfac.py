@@ -1,7 +1,7 @@
 """K-FAC: natural gradient with Kronecker-factored curvature (arXiv 1811.12019, 2002.06015)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from triton_curv_kernels import momentum_update_
 
 UpdateSize = Literal["rms", "kl_clip", "none"]
 Reduction = Literal["mean", "sum"]
+
+
+class Work(NamedTuple):
+    """One parameter group in one step: its settings, its buffers, and the blocks that have gradients."""
+
+    group: dict[str, Any]
+    matrices: MatrixGroup
+    lists: Lists
 
 
 class KFAC(Optimizer):
@@ -164,7 +172,7 @@ class KFAC(Optimizer):
         self._handles = attach_taps(model, self.blocks.values(), self._switch)
         self._matrices = [MatrixGroup([self.blocks[n] for n in group], dtype, device) for group in blocks_of]
         self._inverted = False
-        self._all_seen = False
+        self._any_seen = self._all_seen = False  # whether statistics of any block, of all blocks, have come
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._init_state()
         self._ready = True
@@ -220,7 +228,7 @@ class KFAC(Optimizer):
     def _check_taps(self) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
         seen = (self._store.seen() + self._store.folds > 0).tolist()
-        self._all_seen = all(seen)
+        self._any_seen, self._all_seen = any(seen), all(seen)
         missed = [
             block.name
             for block, ok in zip(self.blocks.values(), seen, strict=True)
@@ -254,7 +262,7 @@ class KFAC(Optimizer):
         """Fold pending statistics, if any, and recompute all damped inverses now."""
         if bool(self._store.counts.any()):
             self._fold()
-        if not bool((self._store.folds > 0).any()):
+        if not self._any_seen:
             raise NoStatisticsError("refresh() needs statistics: run loss.backward() first")
         self._invert()
 
@@ -275,9 +283,9 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         steps = cast("int", self.param_groups[0]["step"])
-        if steps % self.factor_interval == 0:
+        if steps % self.factor_interval == 0 or not self._any_seen:
             self._fold()
-        if steps % self.inverse_interval == 0:
+        if self._any_seen and (steps % self.inverse_interval == 0 or not self._inverted):
             self._invert()
         self._apply(steps)
         self._set_steps(steps + 1)
@@ -288,51 +296,53 @@ class KFAC(Optimizer):
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
             group["step"] = steps
-        self.capture(steps % self.factor_interval == 0)
+        self.capture(steps % self.factor_interval == 0 or not self._any_seen)
 
     def _apply(self, steps: int) -> None:
         """Region 3: P = G^-1 D A^-1 for every block, its size, momentum, decay, update."""
-        groups = list(zip(self.param_groups, self._matrices, strict=False))
-        lists = [self._precondition(matrices) for _, matrices in groups]
-        norms = [torch.stack(torch._foreach_norm(part.row_updates)) for part in lists]
-        finite = torch.cat(norms).sum().isfinite()
+        work = [
+            Work(group, matrices, lists)
+            for group, matrices in zip(self.param_groups, self._matrices, strict=False)
+            if (lists := matrices.active()).rows
+        ]
+        for each in work:
+            self._precondition(each)
+        norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
+        finite = torch.cat([*norms, self._skipped.new_zeros(1)]).sum().isfinite()
         healthy = known_true(finite)
         self._skipped.add_(~finite)
-        scales = self._scales(lists, norms)
-        for (group, matrices), part, scale in zip(groups, lists, scales, strict=True):
-            hyper = self._hyper(group, steps)
+        for each, scales in zip(work, self._scales(work, norms), strict=True):
+            hyper = self._hyper(each.group, steps)
             if not healthy:
-                matrices.updates.masked_fill_(~finite, 0.0)
-                scale = torch.where(finite, scale, 0.0)
-                hyper = torch.where(finite, hyper, matrices.idle)
-            each = (-scale if group["maximize"] else scale).unbind()
-            momentum_update_(part.params, part.momenta, part.updates, [each[i] for i in part.row_of_param], hyper)
+                each.matrices.updates.masked_fill_(~finite, 0.0)
+                scales = torch.where(finite, scales, 0.0)
+                hyper = torch.where(finite, hyper, each.matrices.idle)
+            of_row = (-scales if each.group["maximize"] else scales).unbind()
+            of_param = [of_row[row] for row in each.lists.row_of_param]
+            momentum_update_(each.lists.params, each.lists.momenta, each.lists.updates, of_param, hyper)
         self._apply_fallback(finite)
 
-    def _precondition(self, matrices: MatrixGroup) -> Lists:
-        part = matrices.active()
-        torch._foreach_copy_(part.grads, [cast("Tensor", p.grad) for p in part.params])
+    def _precondition(self, work: Work) -> None:
+        """From gradients to the steps of all blocks of a group, of whatever size they come out."""
+        lists = work.lists
+        torch._foreach_copy_(lists.grads, [cast("Tensor", p.grad) for p in lists.params])
         if self.reduction == "sum":
-            torch._foreach_div_(part.row_grads, [self._store.samples[r.block.index] for r in part.rows])
+            torch._foreach_div_(lists.row_grads, [self._store.samples[row.block.index] for row in lists.rows])
         if self.loss_scale != 1.0:
-            matrices.grads.div_(self.loss_scale)
-        for row in part.rows:
+            work.matrices.grads.div_(self.loss_scale)
+        for row in lists.rows:
             row.block.solve(row.grad, row.update)
-        return part
 
-    def _scales(self, lists: list[Lists], norms: list[Tensor]) -> list[Tensor]:
+    def _scales(self, work: list[Work], norms: list[Tensor]) -> list[Tensor]:
         """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
         if self.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
             return [
-                part.root_sizes * (1 - group["momentum"]) / n.clamp_min(torch.finfo(n.dtype).tiny)
-                for group, part, n in zip(self.param_groups, lists, norms, strict=False)
+                each.lists.root_sizes * (1 - each.group["momentum"]) / n.clamp_min(torch.finfo(n.dtype).tiny)
+                for each, n in zip(work, norms, strict=True)
             ]
-        if self.update_size == "none":
+        if self.update_size == "none" or not work:
             return [torch.ones_like(n) for n in norms]
-        products = [
-            torch.dot(matrices.updates, matrices.grads) * group["lr"] ** 2
-            for group, matrices in zip(self.param_groups, self._matrices, strict=False)
-        ]
+        products = [torch.dot(each.matrices.updates, each.matrices.grads) * each.group["lr"] ** 2 for each in work]
         nu = torch.sqrt(self.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
         return [nu.expand_as(n) for n in norms]
 
@@ -351,8 +361,8 @@ class KFAC(Optimizer):
         for group in self.param_groups:
             if group["kind"] == "fallback":
                 params = [p for p in group["params"] if p.grad is not None]
-                norms = torch._foreach_norm([cast("Tensor", p.grad) for p in params])
-                if params and bool(finite & torch.stack(norms).isfinite().all()):
+                grads = [cast("Tensor", p.grad) for p in params]
+                if params and bool(finite & torch.stack(torch._foreach_norm(grads)).isfinite().all()):
                     FALLBACKS[self.fallback].update(params, self.state, group)
 
     # ---- state and reports
@@ -367,7 +377,7 @@ class KFAC(Optimizer):
         self._store.counts.zero_()
         for bank in self._store.banks:
             bank.sums.zero_()
-        self._inverted = bool((self._store.folds > 0).any())
+        self._any_seen = self._inverted = bool((self._store.folds > 0).any())
         self._set_steps(cast("int", self.param_groups[0]["step"]))
 
     def capture(self, enabled: bool) -> None:
