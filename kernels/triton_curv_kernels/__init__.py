@@ -1,6 +1,7 @@
 """Triton kernels for curvature optimizers, each beside its plain-torch reference."""
 
 from triton_curv_kernels.backend import BackendError, UnsupportedInputError
+from triton_curv_kernels.cg import cg_direction_, cg_update_
 from triton_curv_kernels.factor import accumulate_factor_
 from triton_curv_kernels.momentum import momentum_update_
 from triton_curv_kernels.neumann import neumann_update_
@@ -14,6 +15,9 @@ __all__ = [
     # updates
     "momentum_update_",
     "neumann_update_",
+    # vector recurrences of conjugate gradients
+    "cg_direction_",
+    "cg_update_",
     # errors
     "BackendError",
     "UnsupportedInputError",
