@@ -180,7 +180,7 @@ def test_all_products_of_a_solve_see_one_dropout_mask(method: HessianMethod, str
     torch.manual_seed(3)
     mask = nn.functional.dropout(torch.ones(5, 3).double(), 0.5)
     torch.testing.assert_close(torch.rand(3), after)  # as if the closure had run once
-    problem.model[-1] = Mask(mask)  # type: ignore[operator]
+    problem.model[-1] = Mask(mask)  # type: ignore[operator]  # a Sequential
     torch.testing.assert_close(operator_of(problem, method)(v), first, rtol=0, atol=1e-13)
 
 
@@ -273,7 +273,11 @@ class Once(torch.autograd.Function):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_function_that_is_differentiable_once_is_named(method: HessianMethod) -> None:
     problem = make_problem("linear")
-    closure = lambda: Once.apply(problem.model(problem.x)).square().sum()  # type: ignore[no-untyped-call]  # noqa: E731
+
+    def closure() -> Tensor:
+        loss: Tensor = Once.apply(problem.model(problem.x)).square().sum()  # type: ignore[no-untyped-call]  # torch's
+        return loss
+
     with pytest.raises(UnsupportedOpError, match=r"got Once" if method == "reverse" else r"autograd\.Function"):
         operator_of(problem, method, closure)([torch.randn_like(p) for p in problem.params])
 

@@ -94,7 +94,7 @@ def test_one_batch_one_set_of_random_numbers_and_statistics_once() -> None:
             masks.append(super().forward(torch.ones_like(input)).detach())
             return input * masks[-1]
 
-    problem.model.append(Recorder(0.5))  # type: ignore[operator]
+    problem.model.append(Recorder(0.5))  # type: ignore[operator]  # a Sequential
     NeumannInner(problem.model, 0.1, inner_steps=3).step(problem.loss_closure)
     assert len(masks) == 4
     assert all(torch.equal(mask, masks[0]) for mask in masks)

@@ -344,7 +344,7 @@ def test_the_chosen_product_is_part_of_the_state() -> None:
     assert chosen.seconds
     other = NewtonCG(make_problem("linear").model)
     other.load_state_dict(opt.state_dict())
-    assert other.explain().product.name == chosen.name  # type: ignore[union-attr]
+    assert other.explain().product.name == chosen.name  # type: ignore[union-attr]  # a step was made
     assert other.param_groups[0]["step"] == 1
 
 
@@ -450,7 +450,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_refused() -> None:
 
 def test_no_closure_is_refused() -> None:
     with pytest.raises(ClosureError, match="needs a closure"):
-        NewtonCG(make_problem("linear").model).step(None)  # type: ignore[arg-type]
+        NewtonCG(make_problem("linear").model).step(None)  # type: ignore[arg-type]  # the mistake tested
 
 
 def test_backward_inside_is_refused() -> None:

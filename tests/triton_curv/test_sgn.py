@@ -37,7 +37,7 @@ def test_linear_least_squares_is_lstsq_in_one_step(product: Any) -> None:
     opt.step(problem.pair_closure)
     ones = torch.cat([problem.x, torch.ones(30, 1).double()], 1)
     expected = torch.linalg.lstsq(ones, problem.y).solution
-    found = torch.cat([problem.model.weight, problem.model.bias[:, None]], 1).T  # type: ignore[list-item,index]
+    found = torch.cat([problem.model.weight, problem.model.bias[:, None]], 1).T  # type: ignore[list-item,index]  # a Linear
     torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-12)
 
 
@@ -315,7 +315,7 @@ def test_running_statistics_move_once_and_dropout_is_the_same_in_all_passes() ->
             masks.append(super().forward(torch.ones_like(input)).detach())
             return input * masks[-1]
 
-    problem.model.append(Recorder(0.5))  # type: ignore[operator]
+    problem.model.append(Recorder(0.5))  # type: ignore[operator]  # a Sequential
     opt = SGN(problem.model, lr=100.0, product="jvp")
     opt.step(problem.pair_closure)
     assert len(masks) > 5
