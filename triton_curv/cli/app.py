@@ -62,8 +62,17 @@ def train(
 
 @app.command()
 def compare(
-    scenario: ScenarioName,
-    optimizers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "sgd,adamw,neumann,kfac",
+    scenario: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCENARIO",
+            show_default=False,
+            help="A scenario, or paper-newton-cg or paper-sgn: all of a paper's.",
+        ),
+    ],
+    optimizers: Annotated[
+        str | None, typer.Option(help="Names, separated by commas.", show_default="sgd,adamw,neumann,kfac")
+    ] = None,
     rates: Annotated[int, typer.Option(help="Learning rates tried for each optimizer, a factor sqrt(10) apart.")] = 5,
     seeds: Annotated[int, typer.Option(help="Seeds; the rates are tried on the first.")] = 3,
     steps: Annotated[int | None, typer.Option(help="Steps of each run.", show_default="the scenario's budget")] = None,

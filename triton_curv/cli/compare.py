@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -18,9 +19,14 @@ from rich.table import Table
 
 from triton_curv.scenarios import get_scenario
 from triton_curv.training.compare import Comparison, Row, Settings, compare, planned_work
+from triton_curv.training.errors import SettingError
 from triton_curv.training.files import require_replaceable
+from triton_curv.training.paper_report import PAPER_FILE_NAMES, write_paper_report
+from triton_curv.training.papers import PAPERS, Paper, compare_paper, planned_paper_work
 from triton_curv.training.report import FILE_NAMES, REPORT_NAME, write_report
 from triton_curv.training.search import Result
+
+DEFAULT_OPTIMIZERS = "sgd,adamw,neumann,kfac"
 
 
 class ProgressBar:
@@ -55,24 +61,57 @@ class ProgressBar:
 
 
 def run_compare(
-    scenario_name: str, optimizers: str, rates: int, seeds: int, steps: int | None, out: Path | None
+    scenario_name: str, optimizers: str | None, rates: int, seeds: int, steps: int | None, out: Path | None
 ) -> None:
-    """Compare, print the table, write report.png, results.csv and run.json into ``out``."""
+    """Compare, print the table, write report.png, results.csv and run.json into ``out``; or a paper's comparisons."""
+    if scenario_name in PAPERS:
+        if optimizers is not None or steps is not None:
+            raise SettingError(f"expected no --optimizers and --steps for {scenario_name}, which sets its own")
+        run_paper(PAPERS[scenario_name], rates, seeds, out)
+        return
     scenario = get_scenario(scenario_name)
-    names = tuple(name.strip() for name in optimizers.split(",") if name.strip())
+    chosen = DEFAULT_OPTIMIZERS if optimizers is None else optimizers
+    names = tuple(name.strip() for name in chosen.split(",") if name.strip())
     settings = Settings(names, rates, seeds, steps)
     settings.check()
     folder = out or Path("runs") / f"compare-{scenario.name}"
     require_replaceable(folder, FILE_NAMES)
     console = Console()
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description:<32}"), *columns, console=console) as bar:
+    with _progress(console) as bar:
         progress = ProgressBar(bar, planned_work(scenario, settings))
         comparison = compare(scenario, settings, progress)
         progress.finish()
     console.print(summary_table(comparison))
     write_report(comparison, folder)
-    for name in reversed(FILE_NAMES):  # the picture last
+    _name_files(console, folder, FILE_NAMES)
+
+
+def run_paper(paper: Paper, rates: int, seeds: int, out: Path | None) -> None:
+    """Compare on all tasks of a paper, print their tables, write the four files into ``out``."""
+    for task in paper.tasks:
+        paper.settings(task, rates, seeds).check()
+    folder = out or Path("runs") / paper.name
+    require_replaceable(folder, PAPER_FILE_NAMES)
+    console = Console()
+    with _progress(console) as bar:
+        progress = ProgressBar(bar, planned_paper_work(paper, rates, seeds))
+        comparisons = compare_paper(
+            paper, rates, seeds, progress, lambda task: bar.console.print(task.name, style="bold")
+        )
+        progress.finish()
+    for comparison in comparisons:
+        console.print(summary_table(comparison))
+    write_paper_report(paper, comparisons, folder)
+    _name_files(console, folder, PAPER_FILE_NAMES)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description:<32}"), *columns, console=console)
+
+
+def _name_files(console: Console, folder: Path, names: Sequence[str]) -> None:
+    for name in reversed(names):  # the picture last
         style = "bold" if name == REPORT_NAME else None
         console.print(str((folder / name).absolute()), style=style, highlight=False, soft_wrap=True)
 

@@ -158,6 +158,10 @@ class GaussNewtonOperator:
         products = methods[self.choice.name](narrow)
         return [product.to(v.dtype) for product, v in zip(products, vectors, strict=True)]
 
+    def release(self) -> None:
+        """Let go of the graphs; no product can be made any more."""
+        self._kept.clear()
+
     def _by_double_vjp(self, vectors: Vectors) -> Vectors:
         totals = zeros_like(self._params)
 

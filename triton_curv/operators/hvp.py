@@ -121,6 +121,10 @@ class HessianOperator:
         """H v; v and the result shaped as the parameters, in v's dtypes."""
         return self._times(vectors, range(len(self._params)))
 
+    def release(self) -> None:
+        """Let go of the graphs; no product can be made any more."""
+        self._graphs.clear()
+
     def block(self, index: int) -> Callable[[Vectors], Vectors]:
         """[v] -> [H_ii v], the diagonal block of one parameter."""
         return lambda vectors: self._times(vectors, [index])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from triton_curv.errors import ConfigurationError
-from triton_curv.operators.cg import CGResult
+from triton_curv.operators.cg import CGResult, StoppingRule, cg
 from triton_curv.operators.choice import Choice
 from triton_curv.operators.errors import ClosureError
 from triton_curv.operators.frozen import Closure, FrozenClosure
-from triton_curv.operators.vectors import Vectors, add_scaled, working_dtype, zeros_like
+from triton_curv.operators.ggn import GaussNewtonOperator
+from triton_curv.operators.hvp import HessianOperator
+from triton_curv.operators.loss import check_finite
+from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype, zeros_like
 from triton_curv.optimizers.kfac import KFAC
 from triton_curv.optimizers.preconditioner import KFACPreconditioner, Preconditioner, diagonal_preconditioner
 from triton_curv.optimizers.state import load_state_in_place
@@ -24,8 +27,20 @@ from triton_curv.optimizers.state import load_state_in_place
 PreconditionerArgument = Literal["identity", "diagonal"] | KFAC
 
 Step = TypeVar("Step", bound=Callable[..., Any])
+Operator = TypeVar("Operator", HessianOperator, GaussNewtonOperator)
 
 ARMIJO_SLOPE, SHRINK, MAX_SHRINKS = 1e-4, 0.5, 10
+
+
+@dataclass
+class Start(Generic[Operator]):
+    """Where a step starts: the frozen closure, the trained parameters, the product there, gradient and loss."""
+
+    closure: FrozenClosure
+    params: list[Parameter]
+    operator: Operator
+    gradient: Vectors
+    loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,53 @@ class MatrixFree(Optimizer):
         self._choice = None if chosen is None else Choice(chosen)
 
     # ---- pieces of a step
+
+    def _start(self, closure: Closure, operator: type[Operator]) -> Start[Operator]:
+        """Run the closure for the first time: loss and gradient, checked, and the product, built."""
+        frozen = self._freeze(negated(closure) if self._shared("maximize") else closure)
+        params = list(self._trained().values())
+        method: Any = self._method()
+        product = operator(frozen, params, method, self._first_step())
+        gradient = widened(product.gradient)
+        check_finite(product.loss, dot(gradient, gradient))
+        return Start(frozen, params, product, gradient, product.loss)
+
+    def _solve(
+        self,
+        product: Callable[[Vectors], Vectors],
+        gradient: Vectors,
+        damping: float | Tensor,
+        max_iter: int,
+        preconditioner: Preconditioner | None,
+        start: Vectors | None = None,
+    ) -> CGResult:
+        """CG on (product + damping I) d = -gradient, by the shared settings."""
+        return cg(
+            damped(product, damping),
+            torch._foreach_neg(gradient),
+            StoppingRule.named(self._shared("stop"), self._shared("cg_tol")),
+            max_iter,
+            start=start,
+            preconditioner=preconditioner,
+            negative_curvature=self._shared("negative_curvature"),
+            keep_history=self._shared("keep_history"),
+        )
+
+    def _move(
+        self, start: Start[Operator], direction: Vectors, loss_of: Callable[[Any], Tensor]
+    ) -> "tuple[Trial, Vectors]":
+        """Go the whole step, lr times the direction; returns what can shorten it, and the step."""
+        self._note_choice(start.operator.choice)
+        start.operator.release()  # the weights that its graphs hold change now
+        step = self._scaled(direction)
+        trial = Trial(start.params, start.closure, loss_of)
+        trial.move(step)
+        return trial, step
+
+    def _end(self, loss: Tensor) -> Tensor:
+        """Count the step; the loss before it, in the closure's sign."""
+        self._count_step()
+        return -loss if self._shared("maximize") else loss
 
     def _freeze(self, closure: Closure) -> FrozenClosure:
         if not callable(closure):

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_curv.errors import ConfigurationError
-from triton_curv.operators.cg import RULES, NegativeCurvature, StoppingRule, cg
-from triton_curv.operators.frozen import FrozenClosure
+from triton_curv.operators.cg import RULES, NegativeCurvature
 from triton_curv.operators.hvp import HessianOperator
-from triton_curv.operators.loss import as_loss, check_finite
+from triton_curv.operators.loss import as_loss
 from triton_curv.operators.vectors import Vectors, dot
 from triton_curv.optimizers.groups import choose
 from triton_curv.optimizers.kfac import KFAC
@@ -19,9 +18,7 @@ from triton_curv.optimizers.matrix_free import (
     MatrixFree,
     PreconditionerArgument,
     Solve,
-    Trial,
-    damped,
-    negated,
+    Start,
     never_traced,
     number,
     widened,
@@ -142,55 +139,35 @@ class NewtonCG(MatrixFree):
             UnsupportedOpError: an op in the closure has no second derivative; says which.
 
         """
-        maximize = self._shared("maximize")
-        frozen = self._freeze(negated(closure) if maximize else closure)
-        params = list(self._trained().values())
-        method: Any = self._method()
-        operator = HessianOperator(frozen, params, method, self._first_step())
-        gradient, loss = widened(operator.gradient), operator.loss
-        check_finite(loss, dot(gradient, gradient))
+        start = self._start(closure, HessianOperator)
         self.solves = []
         if self.hessian == "full":
-            direction = self._direction(operator, frozen, params, gradient)
+            direction = self._direction(start.operator, start, start.params, start.gradient)
         else:
             direction = []
-            for i, (p, g) in enumerate(zip(params, gradient, strict=True)):
-                direction += self._direction(operator.block(i), frozen, [p], [g])
-        self._note_choice(operator.choice)
-        del operator  # and its graphs, before the weights they hold change
-
-        step = self._scaled(direction)
-        trial = Trial(params, frozen, as_loss)
-        trial.move(step)
+            for i, (p, g) in enumerate(zip(start.params, start.gradient, strict=True)):
+                direction += self._direction(start.operator.block(i), start, [p], [g])
+        trial, step = self._move(start, direction, as_loss)
         if self._shared("line_search"):
-            trial.backtrack(step, float(loss), float(dot(gradient, step)), trial.loss())
+            trial.backtrack(step, float(start.loss), float(dot(start.gradient, step)), trial.loss())
         if self._warm:
-            torch._foreach_copy_([self.state[p]["direction"] for p in params], direction)
-        self._count_step()
-        return -loss if maximize else loss
+            torch._foreach_copy_([self.state[p]["direction"] for p in start.params], direction)
+        return self._end(start.loss)
 
     def _direction(
         self,
         product: Callable[[Vectors], Vectors],
-        frozen: FrozenClosure,
+        start: Start[HessianOperator],
         params: Sequence[Parameter],
         gradient: Vectors,
     ) -> Vectors:
         """The feasible solution d of one system (H + tau I) d = -g."""
         tau = number(self._shared("tau"))
-        start = None
+        last = None
         if self._warm:
-            start = torch._foreach_mul([self.state[p]["direction"] for p in params], self._shared("warm_start"))
-        result = cg(
-            damped(product, tau),
-            torch._foreach_neg(gradient),
-            StoppingRule.named(self._shared("stop"), self._shared("cg_tol")),
-            self._shared("cg_max_iter"),
-            start=start,
-            preconditioner=self._preconditioner(frozen, as_loss, params, gradient, tau),
-            negative_curvature=self._shared("negative_curvature"),
-            keep_history=self._shared("keep_history"),
-        )
+            last = list(torch._foreach_mul([self.state[p]["direction"] for p in params], self._shared("warm_start")))
+        preconditioner = self._preconditioner(start.closure, as_loss, params, gradient, tau)
+        result = self._solve(product, gradient, tau, self._shared("cg_max_iter"), preconditioner, last)
         slope = dot(gradient, result.solution)
         feasible = slope < -tau if self._shared("feasibility") == "code" else slope <= tau
         self.solves.append(Solve.of(result, fell_back=~feasible))

@@ -9,18 +9,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_curv.errors import ConfigurationError
-from triton_curv.operators.cg import RULES, NegativeCurvature, StoppingRule, cg
+from triton_curv.operators.cg import RULES, NegativeCurvature
 from triton_curv.operators.ggn import GaussNewtonOperator
-from triton_curv.operators.loss import as_loss_and_output, check_finite
+from triton_curv.operators.loss import as_loss_and_output
 from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype
 from triton_curv.optimizers.groups import choose
 from triton_curv.optimizers.matrix_free import (
     MatrixFree,
     PreconditionerArgument,
     Solve,
-    Trial,
-    damped,
-    negated,
     never_traced,
     number,
     widened,
@@ -173,47 +170,29 @@ class SGN(MatrixFree):
             UnsupportedOpError: an op in the closure lacks a derivative that the product needs; says which.
 
         """
-        maximize = self._shared("maximize")
-        frozen = self._freeze(negated(closure) if maximize else closure)
-        params = list(self._trained().values())
-        method: Any = self._method()
-        operator = GaussNewtonOperator(frozen, params, method, self._first_step())
-        gradient, loss = widened(operator.gradient), operator.loss
-        check_finite(loss, dot(gradient, gradient))
-
+        start = self._start(closure, GaussNewtonOperator)
         steps = int(self.param_groups[0]["step"]) + 1
-        average = self._averaged(gradient, params, steps)
+        average = self._averaged(start.gradient, start.params, steps)
         rho = self.damping
-        result = cg(
-            damped(operator, number(rho)),
-            torch._foreach_neg(average),
-            StoppingRule.named(self._shared("stop"), self._shared("cg_tol")),
-            self._shared("cg_first_iter" if steps <= self._shared("cg_first_steps") else "cg_max_iter"),
-            preconditioner=self._preconditioner(frozen, _loss_of, params, average, number(rho)),
-            negative_curvature=self._shared("negative_curvature"),
-            keep_history=self._shared("keep_history"),
-        )
+        preconditioner = self._preconditioner(start.closure, _loss_of, start.params, average, number(rho))
+        limit = self._shared("cg_first_iter" if steps <= self._shared("cg_first_steps") else "cg_max_iter")
+        result = self._solve(start.operator, average, number(rho), limit, preconditioner)
         self.solves = [Solve.of(result, fell_back=torch.zeros_like(result.end, dtype=torch.bool))]
-        self._note_choice(operator.choice)
-        del operator  # and its graphs, before the weights they hold change
 
         direction = result.solution
-        step = self._scaled(direction)
-        trial = Trial(params, frozen, _loss_of)
-        trial.move(step)
+        trial, step = self._move(start, direction, _loss_of)
         trust_region, line_search = self._shared("trust_region"), self._shared("line_search")
         if trust_region or line_search:
-            before, after = float(loss), trial.loss()
+            before, after = float(start.loss), trial.loss()
             if trust_region:
                 product = torch._foreach_neg(add_scaled(average, result.residual, 1.0))  # (G + rho I) d = -m - r
-                change = float(predicted_change(gradient, direction, list(product)))
+                change = float(predicted_change(start.gradient, direction, list(product)))
                 ratio = (after - before) / change if change < 0 else math.nan
-                if change != 0 or bool(dot(gradient, gradient) > 0):
+                if change != 0 or bool(dot(start.gradient, start.gradient) > 0):
                     rho.copy_(trust_region_damping(rho, ratio, self._shared("damping_min")))
             if line_search:
                 trial.backtrack(step, before, float(dot(average, step)), after)
-        self._count_step()
-        return -loss if maximize else loss
+        return self._end(start.loss)
 
     def _averaged(self, gradient: Vectors, params: Sequence[Parameter], steps: int) -> Vectors:
         """The bias-corrected moving average of gradients, this one included; the gradient itself without momentum."""

@@ -55,7 +55,8 @@ VAE_MNIST = Scenario(
         "adamw": 1e-2,
         "neumann": 1e-3,
         "kfac": 3e-3,
-        "newton-cg": 1e-1,
+        "newton-cg": 1.0,
         "neumann-inner": 1e-3,
     },
+    options={"newton-cg": {"line_search": True, "cg_max_iter": 5}},
 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from triton_curv.scenarios import Data, Scenario
 from triton_curv.training.errors import SettingError
-from triton_curv.training.optimizers import get_optimizer
+from triton_curv.training.optimizers import CLOSURES, get_optimizer
 from triton_curv.training.search import Result, Run, search_rate, train_run
-from triton_curv.training.timing import ROUNDS, one_thread, step_times
+from triton_curv.training.timing import BLOCK_STEPS, ROUNDS, one_thread, step_times
 from triton_curv.training.trainer import Trainer
 
 YARDSTICK = "sgd"
@@ -40,6 +40,9 @@ class Settings:
         rates: Learning rates tried for each.
         seeds: Number of seeds; the rates are tried on seed 0.
         steps: Steps of each run; the scenario's budget by default.
+        first_order_factor: The optimizers that take gradients make so many times as many steps.
+        rounds: Rounds of the step clock.
+        block_steps: Steps of one optimizer in a round.
 
     """
 
@@ -47,6 +50,13 @@ class Settings:
     rates: int = 5
     seeds: int = 3
     steps: int | None = None
+    first_order_factor: int = 1
+    rounds: int = ROUNDS
+    block_steps: int = BLOCK_STEPS
+
+    def factor(self, optimizer: str) -> int:
+        """How many times as many steps an optimizer makes."""
+        return 1 if optimizer in CLOSURES else self.first_order_factor
 
     def check(self) -> None:
         """Raise ``SettingError`` for an unknown or repeated optimizer, or a number below 1."""
@@ -108,9 +118,11 @@ class Comparison:
 def planned_work(scenario: Scenario, settings: Settings) -> int:
     """Amount of work ``compare`` reports to its ``Progress``, where no rate diverges."""
     steps = settings.steps or scenario.budget
-    grids = [scenario.rate_grid(name, settings.rates) for name in settings.optimizers]
-    training = sum(len(grid) + settings.seeds - 1 for grid in grids) * steps
-    timing = len({*settings.optimizers, YARDSTICK}) * (ROUNDS + 1)
+    training = sum(
+        (len(scenario.rate_grid(name, settings.rates)) + settings.seeds - 1) * steps * settings.factor(name)
+        for name in settings.optimizers
+    )
+    timing = len({*settings.optimizers, YARDSTICK}) * (settings.rounds + 1)
     return training + timing
 
 
@@ -132,7 +144,9 @@ def compare(scenario: Scenario, settings: Settings, progress: Progress) -> Compa
 
     def run(optimizer: str, rate: float, seed: int) -> Run:
         progress.phase(f"{optimizer}  rate {rate:g}  seed {seed}")
-        return train_run(scenario, data, optimizer, rate, seed, steps, progress.advance)
+        factor = settings.factor(optimizer)
+        seen = replace(scenario, evaluate_every=factor * scenario.evaluate_every)
+        return train_run(seen, data, optimizer, rate, seed, factor * steps, progress.advance)
 
     results = []
     with one_thread():
@@ -140,7 +154,8 @@ def compare(scenario: Scenario, settings: Settings, progress: Progress) -> Compa
             results.append(search_rate(name, scenario.rate_grid(name, settings.rates), seeds, run))
             progress.found(results[-1])
         progress.phase("timing steps, in rotation")
-        step_ms = step_times(_timed_trainers(scenario, data, results, steps), on_block=progress.advance)
+        trainers = _timed_trainers(scenario, data, results, steps)
+        step_ms = step_times(trainers, settings.rounds, settings.block_steps, progress.advance)
     return Comparison(scenario, settings, steps, tuple(results), step_ms)
 
 
