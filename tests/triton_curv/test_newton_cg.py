@@ -1,20 +1,17 @@
-"""NewtonCG against dense Newton steps, its paper and its contract as a torch optimizer."""
+"""NewtonCG against dense Newton steps and its paper; what it shares with SGN is in test_matrix_free."""
 
 import copy
-import io
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
-from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR
 
 from tests.support.products import Problem, join, make_problem
 from triton_curv import KFAC
-from triton_curv.errors import ConfigurationError, StateMismatchError
-from triton_curv.operators import ClosureError, NoGraphError, NonFiniteError, UnsupportedOpError
+from triton_curv.errors import ConfigurationError
+from triton_curv.operators import NonFiniteError
 from triton_curv.optimizers.newton_cg import NewtonCG
 
 
@@ -144,14 +141,6 @@ def test_per_tensor_solves_with_diagonal_blocks() -> None:
     assert (weights(full) - expected).abs().max() > 0.1
 
 
-def test_line_search_halves_until_the_loss_falls() -> None:
-    model = Quadratic([1.0] * 4)
-    w, w_star = weights(model), model.b.clone()
-    opt = NewtonCG(model, lr=6.0, tau=0.0, cg_tol=1e-12, line_search=True)
-    opt.step(model)  # 6 and 3 times the way to the minimum climb, 1.5 times falls
-    torch.testing.assert_close(weights(model), w + 1.5 * (w_star - w), rtol=0, atol=1e-12)
-
-
 def test_line_search_never_moves_to_a_loss_that_is_not_finite() -> None:
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, 1.0)
@@ -225,181 +214,6 @@ def test_kfac_and_per_tensor_do_not_go_together() -> None:
         NewtonCG(problem.model, preconditioner=KFAC(problem.model), hessian="per_tensor")
 
 
-# the contract of a torch optimizer
-
-
-def test_gradients_of_the_user_stay() -> None:
-    problem = make_problem("linear")
-    problem.loss_closure().backward()
-    before = [p.grad for p in problem.params]
-    copies = [g.clone() for g in before if g is not None]
-    NewtonCG(problem.model, line_search=True).step(problem.loss_closure)
-    for p, grad, saved in zip(problem.params, before, copies, strict=True):
-        assert p.grad is grad
-        assert torch.equal(p.grad, saved)  # type: ignore[arg-type]  # not None
-
-
-def test_frozen_parameters_and_unused_ones_stay() -> None:
-    problem = make_problem("linear")
-    problem.model.extra = nn.Linear(2, 2).double()
-    first = problem.model.get_parameter("0.weight").requires_grad_(False).clone()
-    opt = NewtonCG(problem.model, lr=0.1)
-    extra = weights(problem.model.extra)
-    hook = problem.model.extra.register_forward_hook(lambda *_: pytest.fail("not part of the loss"))
-    opt.step(
-        lambda: problem.loss(
-            problem.model.get_submodule("2")(torch.tanh(problem.model.get_submodule("0")(problem.x))), problem.y
-        )
-    )
-    hook.remove()
-    assert torch.equal(problem.model.get_parameter("0.weight"), first)
-    assert torch.equal(weights(problem.model.extra), extra)
-    report = opt.explain()
-    assert report.left_out == {"0.weight": "frozen"}
-    assert "extra.weight" in report.trained
-
-
-def test_param_groups_lr_and_add_param_group() -> None:
-    model = Quadratic([1.0] * 4)
-    w, b = weights(model), model.b
-    model.second.requires_grad_(False)
-    opt = NewtonCG(model, lr=0.5, tau=0.0, cg_tol=1e-12)
-    model.second.requires_grad_(True)
-    opt.step(model)
-    assert torch.equal(weights(model)[2:], w[2:])
-    opt.add_param_group({"params": [model.second], "lr": 1.0})
-    opt.step(model)
-    torch.testing.assert_close(weights(model)[2:], b[2:], rtol=0, atol=1e-12)
-    torch.testing.assert_close(weights(model)[:2], b[:2] + (w - b)[:2] / 4, rtol=0, atol=1e-12)
-    with pytest.raises(ConfigurationError, match="of the model"):
-        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    opt.param_groups[1]["tau"] = 1.0
-    with pytest.raises(ConfigurationError, match="one tau for all groups"):
-        opt.step(model)
-
-
-def test_groups_by_module_pattern() -> None:
-    problem = make_problem("linear")
-    opt = NewtonCG(problem.model, lr=1.0, groups=[{"modules": "2", "lr": 0.0}])
-    assert [(len(g["params"]), g["lr"]) for g in opt.param_groups] == [(2, 0.0), (2, 1.0)]
-    before = [p.detach().clone() for p in problem.params]
-    opt.step(problem.loss_closure)
-    moved = [not torch.equal(p, b) for p, b in zip(problem.params, before, strict=True)]
-    assert moved == [True, True, False, False]
-    for wrong in ({"modules": "7"}, {"lr": 1.0}, {"modules": "2", "momentum": 0.1}):
-        with pytest.raises(ConfigurationError):
-            NewtonCG(problem.model, groups=[wrong])
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-def test_lr_schedules_work(tensor_lr: bool) -> None:
-    lr = torch.tensor(1.0, dtype=torch.float64) if tensor_lr else 1.0
-    makers: list[Callable[[Any], Any]] = [
-        lambda opt: CosineAnnealingLR(opt, T_max=4),
-        lambda opt: CyclicLR(opt, 0.1, 0.5, step_size_up=2, mode="exp_range", gamma=0.5, cycle_momentum=False),
-    ]
-    for make in makers:
-        model = Quadratic([1.0] * 4)
-        opt = NewtonCG(model, lr=lr.clone() if isinstance(lr, Tensor) else lr, tau=0.0, cg_tol=1e-12)
-        schedule = make(opt)
-        for _ in range(3):
-            w, rate = weights(model), float(opt.param_groups[0]["lr"])
-            opt.step(model)
-            schedule.step()
-            torch.testing.assert_close(weights(model), w + rate * (model.b - w), rtol=0, atol=1e-12)
-        assert float(opt.param_groups[0]["lr"]) != rate
-
-
-@pytest.mark.parametrize("options", [{}, {"warm_start": 0.9, "line_search": True}, {"hessian": "per_tensor"}])
-def test_resumes_bit_for_bit(options: dict[str, Any]) -> None:
-    def start() -> tuple[Problem, NewtonCG]:
-        problem = make_problem("batch_norm", "cross_entropy")
-        return problem, NewtonCG(problem.model, lr=0.3, tau=0.5, product="reverse", **options)
-
-    (straight, opt), (stopped, first) = start(), start()
-    for _ in range(5):
-        opt.step(straight.loss_closure)
-    for _ in range(3):
-        first.step(stopped.loss_closure)
-    file = io.BytesIO()
-    torch.save({"model": stopped.model.state_dict(), "opt": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file)
-    resumed, second = start()
-    resumed.model.load_state_dict(saved["model"])
-    second.load_state_dict(saved["opt"])
-    for _ in range(2):
-        second.step(resumed.loss_closure)
-    for a, b in zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_the_chosen_product_is_part_of_the_state() -> None:
-    problem = make_problem("linear")
-    opt = NewtonCG(problem.model)
-    assert "chosen at the first step" in str(opt.explain())
-    opt.step(problem.loss_closure)
-    chosen = opt.explain().product
-    assert chosen is not None
-    assert chosen.seconds
-    other = NewtonCG(make_problem("linear").model)
-    other.load_state_dict(opt.state_dict())
-    assert other.explain().product.name == chosen.name  # type: ignore[union-attr]  # a step was made
-    assert other.param_groups[0]["step"] == 1
-
-
-def test_a_foreign_state_is_refused() -> None:
-    problem = make_problem("linear")
-    other = NewtonCG(make_problem("linear").model, warm_start=0.5)
-    with pytest.raises(StateMismatchError):
-        other.load_state_dict(NewtonCG(problem.model).state_dict())
-
-
-@pytest.mark.parametrize("form", ["list", "generator"])
-def test_micro_batches_make_the_same_step(form: str) -> None:
-    whole, split = make_problem("linear", "cross_entropy"), make_problem("linear", "cross_entropy")
-
-    def parts() -> Iterator[Tensor]:
-        for rows in (slice(0, 2), slice(2, 5)):
-            z = split.model(split.x[rows])
-            yield len(z) / len(split.x) * split.loss(z, split.y[rows])
-
-    options: dict[str, Any] = {"tau": 1.0, "lr": 4.0, "line_search": True, "product": "reverse"}
-    a = NewtonCG(whole.model, **options).step(whole.loss_closure)
-    b = NewtonCG(split.model, **options).step(parts if form == "generator" else lambda: list(parts()))
-    torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
-    torch.testing.assert_close(whole.flat(), split.flat(), rtol=0, atol=1e-13)
-
-
-def test_running_statistics_move_once_and_randomness_as_for_one_pass() -> None:
-    problem, other = make_problem("batch_norm"), make_problem("batch_norm")
-    problem.model.append(nn.Dropout(0.5))  # type: ignore[operator]  # a Sequential
-    other.model(other.x)
-    torch.manual_seed(1)
-    NewtonCG(problem.model, lr=10.0, line_search=True).step(problem.loss_closure)
-    after = torch.rand(2)
-    torch.manual_seed(1)
-    problem.model(problem.x)
-    assert torch.equal(torch.rand(2), after)
-    assert int(problem.model.get_buffer("1.num_batches_tracked")) == 2
-    fresh = make_problem("batch_norm")
-    NewtonCG(fresh.model, lr=10.0, line_search=True).step(fresh.loss_closure)
-    for a, b in zip(fresh.model.buffers(), other.model.buffers(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_parameters(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
-    x = torch.randn(64, 4, dtype=dtype)
-    y = x[:, :1] * x[:, 1:2]
-    opt = NewtonCG(model, lr=1.0, tau=0.1, line_search=True)
-    losses = [float(opt.step(lambda: F.mse_loss(model(x), y))) for _ in range(10)]
-    assert losses[-1] < 0.8 * losses[0]
-    assert all(p.dtype == dtype for p in model.parameters())
-
-
 def test_history_on_request() -> None:
     model = Quadratic(POSITIVE)
     opt = NewtonCG(model, keep_history=True, cg_max_iter=9, cg_tol=1e-10, tau=0.0)
@@ -415,32 +229,6 @@ def test_history_on_request() -> None:
 # errors by name
 
 
-@pytest.mark.parametrize(
-    ("result", "error", "message"),
-    [
-        (lambda loss: None, ClosureError, "None"),
-        (lambda loss: loss.item(), ClosureError, "scalar tensor"),
-        (lambda loss: (loss, loss), ClosureError, "tensor"),
-        (lambda loss: loss.expand(2), ClosureError, r"\(2,\)"),
-        (lambda loss: loss.detach(), NoGraphError, "requires no gradient"),
-        (lambda loss: loss * float("nan"), NonFiniteError, "loss"),
-        (lambda loss: loss * 1e308 * 1e308, NonFiniteError, "loss"),
-    ],
-)
-def test_wrong_losses_are_refused_and_nothing_changes(
-    result: Callable[[Tensor], object], error: type[Exception], message: str
-) -> None:
-    problem = make_problem("linear")
-    opt = NewtonCG(problem.model, warm_start=0.9)
-    opt.step(problem.loss_closure)
-    before, state = problem.flat(), copy.deepcopy(opt.state_dict())
-    with pytest.raises(error, match=message):
-        opt.step(lambda: result(problem.loss_closure()))
-    assert torch.equal(problem.flat(), before)
-    torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
-    assert opt.param_groups[0]["step"] == 1
-
-
 def test_a_finite_loss_with_an_infinite_gradient_is_refused() -> None:
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
@@ -448,53 +236,15 @@ def test_a_finite_loss_with_an_infinite_gradient_is_refused() -> None:
         NewtonCG(model).step(lambda: model.weight.sqrt().sum())
 
 
-def test_no_closure_is_refused() -> None:
-    with pytest.raises(ClosureError, match="needs a closure"):
-        NewtonCG(make_problem("linear").model).step(None)  # type: ignore[arg-type]  # the mistake tested
-
-
-def test_backward_inside_is_refused() -> None:
-    problem = make_problem("linear")
-
-    def closure() -> Tensor:
-        loss = problem.loss_closure()
-        loss.backward()
-        return loss
-
-    with pytest.raises(ClosureError, match=r"backward\(\)"):
-        NewtonCG(problem.model).step(closure)
-
-
-def test_an_unsupported_op_is_named_and_nothing_changes() -> None:
-    problem = make_problem("linear")
-    before = problem.flat()
-    with pytest.raises(UnsupportedOpError, match="hardsigmoid_backward"):
-        NewtonCG(problem.model).step(lambda: F.hardsigmoid(problem.model(problem.x)).sum())
-    assert torch.equal(problem.flat(), before)
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"lr": -1.0},
-        {"lr": float("nan")},
         {"tau": -1.0},
-        {"cg_tol": -1.0},
-        {"cg_max_iter": 0},
-        {"stop": "martens"},
         {"hessian": "diagonal"},
-        {"product": "linearize"},
         {"feasibility": "yes"},
-        {"negative_curvature": "follow"},
-        {"preconditioner": "ssor"},
         {"warm_start": 2.0},
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         NewtonCG(nn.Linear(2, 2), **options)
-
-
-def test_a_model_without_trainable_parameters_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="trainable"):
-        NewtonCG(nn.Linear(2, 2).requires_grad_(False))

@@ -39,7 +39,7 @@ def draw_chart(comparison: Comparison, path: Path) -> None:
         axes.tick_params(labelsize=12)
         axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    _scale_losses(by_step)  # and by_second, which shares the axis
+    scale_losses(by_step)  # and by_second, which shares the axis
     by_step.set_ylabel("training loss (evaluated)", fontsize=14)
     by_second.legend(fontsize=13, frameon=False, loc="upper right")
     spread = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
@@ -50,7 +50,7 @@ def draw_chart(comparison: Comparison, path: Path) -> None:
     figure.savefig(path)
 
 
-def _scale_losses(axes: Any) -> None:
+def scale_losses(axes: Any) -> None:
     """Logarithmic, with round numbers in between where the curves span less than two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from triton_curv.training.chart import COLOURS
+from triton_curv.training.chart import COLOURS, scale_losses
 from triton_curv.training.compare import Comparison
 from triton_curv.training.files import replaced_folder
 from triton_curv.training.papers import Paper, Task
@@ -43,7 +43,7 @@ def write_paper_report(paper: Paper, comparisons: Sequence[Comparison], folder: 
 
 
 def summary_rows(paper: Paper, comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
-    """One row for each task and optimizer; ``verdict`` says who has the lowest final loss."""
+    """One row for each task and optimizer; `lowest` is 1 for the lowest final loss of the task."""
     for task, comparison in zip(paper.tasks, comparisons, strict=True):
         rows = comparison.rows()
         finite = [row.final_loss for row in rows if row.final_loss is not None]
@@ -54,7 +54,7 @@ def summary_rows(paper: Paper, comparisons: Sequence[Comparison]) -> Iterator[di
                 **asdict(row),
                 "steps": steps,
                 "seconds": None if row.step_ms is None else steps * row.step_ms / 1e3,
-                "verdict": "" if row.final_loss is None else "lowest" if row.final_loss == min(finite) else "",
+                "lowest": int(row.final_loss is not None and row.final_loss == min(finite)),
             }
 
 
@@ -71,9 +71,10 @@ def draw_paper_chart(paper: Paper, comparisons: Sequence[Comparison], path: Path
     panels[1][0].set_ylabel("training loss (evaluated)", fontsize=12)
     settings = comparisons[0].settings
     protocol = (
-        f"best of {settings.rates} rates each (SGN: none), mean and range of {settings.seeds} seeds, CPU, 1 thread"
+        f"SGD and Adam (0.9 momentum, no decay) and Newton-CG at the best of {settings.rates} rates, SGN untuned; "
+        f"mean and range of {settings.seeds} seeds; one CPU thread"
     )
-    figure.suptitle(f"{paper.title}: {protocol}", fontsize=14)
+    figure.suptitle(f"{paper.title}\n{protocol}", fontsize=14)
     figure.savefig(path)
 
 
@@ -86,9 +87,9 @@ def _draw_bars(axes: Any, task: Task, comparison: Comparison) -> None:
         axes.bar(position, mean, yerr=spread, color=COLOURS.get(result.optimizer), capsize=3)
         axes.annotate(f"{mean:.2g}", (position, max(losses)), ha="center", va="bottom", fontsize=10)
     axes.set_xticks(range(len(drawn)), [result.optimizer for result, _ in drawn], rotation=20, fontsize=10)
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.1)
+    values = [loss for _, losses in drawn for loss in losses]
+    axes.set_ylim(min(values, default=1.0) / 2, max(values, default=1.0) * 1.5)
+    scale_losses(axes)
     steps, factor = comparison.steps, task.factor
     count = f"{steps} steps" if factor == 1 else f"{steps} steps, first order {steps * factor}"
     note = f"\nevery rate diverged: {', '.join(lost)}" if lost else ""
@@ -101,16 +102,14 @@ def _draw_losses(axes: Any, comparison: Comparison) -> None:
         if not result.runs:
             continue
         cost = comparison.step_ms[result.optimizer] / 1e3
-        seconds = [point.step * cost for point in result.runs[0].points]
-        losses = list(zip(*([point.train_loss for point in run.points] for run in result.runs), strict=True))
+        seconds = [point.step * cost for point in result.runs[0].points[1:]]
+        losses = list(zip(*([point.train_loss for point in run.points[1:]] for run in result.runs), strict=True))
         colour, rate = COLOURS.get(result.optimizer), result.rate
         mean = [statistics.fmean(values) for values in losses]
         axes.plot(seconds, mean, color=colour, linewidth=1.8, label=f"{result.optimizer}, {rate:g}")
         axes.fill_between(seconds, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.18, lw=0)
-    axes.set_yscale("log")
-    first = min(comparison.step_ms.values()) / 1e3
-    axes.set_xscale("symlog", linthresh=10 * first)
-    axes.set_xlim(left=0)
+    scale_losses(axes)
+    axes.set_xscale("log")
     axes.set_xlabel("compute time, seconds", fontsize=11)
     axes.legend(fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
