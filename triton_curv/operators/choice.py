@@ -44,7 +44,7 @@ def fastest(products: Mapping[str, Product], vectors: Vectors) -> Choice:
             product(vectors)
         except UnsupportedOpError as unsupported:
             error = unsupported
-            failed[name] = f"{unsupported.op} lacks the derivative"
+            failed[name] = f"{unsupported.op} can't be differentiated so"
             continue
         seconds[name] = min(_seconds(product, vectors) for _ in range(REPETITIONS))
     if not seconds:

@@ -86,32 +86,40 @@ class FrozenClosure:
     A closure may return one result, a list of results or a generator of them, one for each micro-batch; their losses
     add up. The graphs of a list are all kept and reused. A generator (`streams`) is run again for each product, so
     only one micro-batch's graph is alive at a time.
+
+    After the first run `streams` and `several` (a list or a generator) tell what it returned, `draws` whether it drew
+    random numbers.
     """
 
     def __init__(self, model: nn.Module, closure: Closure) -> None:
-        self._model = model
-        self._closure = closure
+        self.model = model
+        self.closure = closure
         self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self._start: list[Tensor] = []
         self.streams = False
+        self.several = False
+        self.draws = False
 
     def first(self, consume: Consumer) -> None:
         """Run the closure for real and hand every result to `consume`."""
         self._start = self._random_state()
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._run(consume)
+        now = self._random_state()
+        self.draws = any(not torch.equal(a, b) for a, b in zip(self._start, now, strict=True))
 
     def again(self, consume: Consumer, replacements: Mapping[Tensor, Tensor] | None = None) -> None:
         """Repeat the first run, with other tensors in place of some of the model's parameters, if given."""
-        tensors = {buffer: buffer.clone() for buffer in self._model.buffers()}
+        tensors = {buffer: buffer.clone() for buffer in self.model.buffers()}
         tensors.update(replacements or {})
-        with self._rewound(), sdpa_kernel(SDPBackend.MATH), replaced(self._model, tensors):
+        with self._rewound(), sdpa_kernel(SDPBackend.MATH), replaced(self.model, tensors):
             self._run(consume)
 
     def _run(self, consume: Consumer) -> None:
-        results = self._closure()
+        results = self.closure()
         self.streams = isinstance(results, GeneratorType)
-        for result in results if isinstance(results, list | GeneratorType) else [results]:
+        self.several = isinstance(results, list | GeneratorType)
+        for result in results if self.several else [results]:
             consume(result)
 
     def _random_state(self) -> list[Tensor]:

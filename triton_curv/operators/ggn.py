@@ -9,13 +9,14 @@ from torch.autograd import forward_ad
 
 from triton_curv.operators.cheap import CheapDerivatives
 from triton_curv.operators.choice import Choice, fastest
+from triton_curv.operators.compiled import CompiledPass
 from triton_curv.operators.errors import ClosureError, UnsupportedOpError, named_ops, no_backward_inside
 from triton_curv.operators.frozen import DifferentiableOps, FrozenClosure
 from triton_curv.operators.loss import as_loss_and_output
 from triton_curv.operators.once import once_differentiable_function
 from triton_curv.operators.vectors import Vectors, add_, zeros_like
 
-GaussNewtonMethod = Literal["jvp", "double_vjp"]
+GaussNewtonMethod = Literal["jvp", "double_vjp", "compiled"]
 
 ONCE = "its backward is marked @once_differentiable"
 
@@ -109,12 +110,14 @@ class GaussNewtonOperator:
 
     The closure runs once; the graphs of outputs and losses are kept (built again each time for a closure that
     streams). J v is computed by "jvp", repeating the forward pass with dual numbers in place of the weights (which must
-    be reached through the model), or by "double_vjp" on a graph that is built at the first product.
+    be reached through the model), by "double_vjp" on a graph that is built at the first product, or by "compiled": jvp
+    in one graph of torch.compile (`CompiledPass`), built at the first product ever, which takes seconds to minutes.
 
     Args:
         closure: the frozen closure, not run yet; its results are pairs (loss, output).
         params: the parameters to differentiate for.
-        method: "jvp", "double_vjp", or "auto": time both on the first product and keep the faster that works.
+        method: "jvp", "double_vjp", "compiled"; "auto": time the first two on the first product and keep the faster
+            that works; "fastest": time all three.
         verify: look for functions that torch would differentiate twice without a word though they can't be: some
             microseconds for each node of the graph.
 
@@ -128,7 +131,7 @@ class GaussNewtonOperator:
         self,
         closure: FrozenClosure,
         params: Sequence[Tensor],
-        method: GaussNewtonMethod | Literal["auto"] = "auto",
+        method: GaussNewtonMethod | Literal["auto", "fastest"] = "auto",
         verify: bool = True,
     ) -> None:
         self._closure = closure
@@ -136,7 +139,9 @@ class GaussNewtonOperator:
         self._cheap = CheapDerivatives()
         self._params = list(params)
         self._kept: list[_Linearisation] = []
-        self.choice: Choice | None = None if method == "auto" else Choice(method)
+        self._candidates = ("jvp", "double_vjp") if method == "auto" else ("jvp", "double_vjp", "compiled")
+        self._compiled: CompiledPass | None = None
+        self.choice: Choice | None = None if method in ("auto", "fastest") else Choice(method)
         self.gradient: Vectors = zeros_like(self._params)
         self.loss = torch.zeros((), dtype=self._params[0].dtype, device=self._params[0].device)
         with named_ops("gradient of the loss"), no_backward_inside(), self._cheap:
@@ -152,9 +157,9 @@ class GaussNewtonOperator:
     def __call__(self, vectors: Vectors) -> Vectors:
         """G v; v and the result shaped as the parameters, in v's dtypes."""
         narrow = [v.to(p.dtype) for v, p in zip(vectors, self._params, strict=True)]
-        methods = {"jvp": self._by_jvp, "double_vjp": self._by_double_vjp}
+        methods = {"jvp": self._by_jvp, "double_vjp": self._by_double_vjp, "compiled": self._by_compiled}
         if self.choice is None:
-            self.choice = fastest(methods, narrow)
+            self.choice = fastest({name: methods[name] for name in self._candidates}, narrow)
         products = methods[self.choice.name](narrow)
         return [product.to(v.dtype) for product, v in zip(products, vectors, strict=True)]
 
@@ -181,6 +186,13 @@ class GaussNewtonOperator:
         with named_ops("Gauss-Newton product, reverse part"):
             self._visit(add)
         return totals
+
+    def _by_compiled(self, vectors: Vectors) -> Vectors:
+        if self._compiled is None:
+            self._compiled = CompiledPass(self._closure, self._params)
+        with named_ops("compiled Gauss-Newton product"):
+            tangent = self._compiled.tangent(vectors)
+            return self._kept[0].pull(tangent)
 
     def _visit(self, use: Callable[[_Linearisation], None]) -> None:
         """Every micro-batch's linearisation in turn: the kept ones, or made anew one at a time."""

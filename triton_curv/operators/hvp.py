@@ -10,13 +10,14 @@ from torch.autograd import forward_ad
 
 from triton_curv.operators.cheap import CheapDerivatives
 from triton_curv.operators.choice import Choice, fastest
+from triton_curv.operators.compiled import CompiledPass
 from triton_curv.operators.errors import UnsupportedOpError, named_ops, no_backward_inside
 from triton_curv.operators.frozen import DifferentiableOps, FrozenClosure
 from triton_curv.operators.loss import as_loss
 from triton_curv.operators.once import once_differentiable_function
 from triton_curv.operators.vectors import Vectors, add_, zeros_like
 
-HessianMethod = Literal["reverse", "forward"]
+HessianMethod = Literal["reverse", "forward", "compiled"]
 
 REVERSE = "Hessian-vector product, reverse over reverse"
 
@@ -73,13 +74,15 @@ class HessianOperator:
 
     The closure runs once. Products by "reverse" go backwards through the gradient's graph, built once and kept (built
     again each time for a closure that streams); "forward" repeats the closure with dual numbers in place of the
-    weights and takes the gradient of that, which needs no second backward pass but is slower in eager mode; the
-    weights must be reached through the model then.
+    weights and takes the gradient of that, which needs no second backward pass but is slower in eager mode; "compiled"
+    does so in one graph of torch.compile (`CompiledPass`), built at the first product ever, which takes seconds to
+    minutes. The weights must be reached through the model then.
 
     Args:
         closure: the frozen closure, not run yet; its results are losses.
         params: the parameters to differentiate for.
-        method: "reverse", "forward", or "auto": time both on the first product and keep the faster that works.
+        method: "reverse", "forward", "compiled"; "auto": time the first two on the first product and keep the faster
+            that works; "fastest": time all three.
         verify: look for functions that torch would differentiate twice without a word though they can't be: some
             microseconds for each node of the graph.
 
@@ -93,14 +96,16 @@ class HessianOperator:
         self,
         closure: FrozenClosure,
         params: Sequence[Tensor],
-        method: HessianMethod | Literal["auto"] = "reverse",
+        method: HessianMethod | Literal["auto", "fastest"] = "reverse",
         verify: bool = True,
     ) -> None:
         self._closure = closure
         self._verify = verify
         self._params = list(params)
         self._graphs: list[_GradientGraph] = []
-        self.choice: Choice | None = None if method == "auto" else Choice(method)
+        self._candidates = ("reverse", "forward") if method == "auto" else ("reverse", "forward", "compiled")
+        self._compiled: CompiledPass | None = None
+        self.choice: Choice | None = None if method in ("auto", "fastest") else Choice(method)
         self.gradient: Vectors = zeros_like(self._params)
         self.loss = torch.zeros((), dtype=self._params[0].dtype, device=self._params[0].device)
         with named_ops("gradient of the loss"), no_backward_inside(), CheapDerivatives():
@@ -109,7 +114,7 @@ class HessianOperator:
     def _take(self, result: Any) -> None:
         loss = as_loss(result)
         self.loss = self.loss + loss.detach()
-        if self._closure.streams or (self.choice is not None and self.choice.name == "forward"):
+        if self._closure.streams or (self.choice is not None and self.choice.name != "reverse"):
             found = torch.autograd.grad(loss, self._params, allow_unused=True, materialize_grads=True)
             add_(self.gradient, found)
         else:
@@ -131,15 +136,25 @@ class HessianOperator:
 
     def _times(self, vectors: Vectors, rows: Sequence[int]) -> Vectors:
         narrow = [v.to(self._params[i].dtype) for i, v in zip(rows, vectors, strict=True)]
-        methods = {"reverse": self._reverse, "forward": self._forward}
+        methods = {"reverse": self._reverse, "forward": self._forward, "compiled": self._by_compiled}
         if self.choice is None:
             every = zeros_like(self._params)
             for i, v in zip(rows, narrow, strict=True):
                 every[i] = v
             whole = range(len(self._params))
-            self.choice = fastest({name: partial(method, rows=whole) for name, method in methods.items()}, every)
+            self.choice = fastest({name: partial(methods[name], rows=whole) for name in self._candidates}, every)
         products = methods[self.choice.name](narrow, rows)
         return [product.to(v.dtype) for product, v in zip(products, vectors, strict=True)]
+
+    def _by_compiled(self, vectors: Vectors, rows: Sequence[int]) -> Vectors:
+        if self._compiled is None:
+            self._compiled = CompiledPass(self._closure, self._params)
+        every = zeros_like(self._params)
+        for i, v in zip(rows, vectors, strict=True):
+            every[i] = v
+        with named_ops("compiled Hessian-vector product"):
+            product = self._compiled.hessian(every)
+        return [product[i] for i in rows]
 
     def _reverse(self, vectors: Vectors, rows: Sequence[int]) -> Vectors:
         totals = zeros_like([self._params[i] for i in rows])

@@ -24,7 +24,7 @@ from triton_curv.optimizers.matrix_free import (
     widened,
 )
 
-Product = Literal["auto", "reverse", "forward"]
+Product = Literal["auto", "fastest", "reverse", "forward", "compiled"]
 Feasibility = Literal["code", "paper"]
 
 
@@ -53,9 +53,10 @@ class NewtonCG(MatrixFree):
             called; with "full" only.
         line_search: halve the step until the loss falls enough (Armijo); the authors have none.
         warm_start: in [0, 1]: CG starts from this multiple of the last direction; 0 is the authors' zero start.
-        product: "reverse" or "forward" Hessian-vector products (`HessianOperator`), or "auto": the one a first
-            measurement finds faster; `explain()` names it. Measured times differ from run to run: name one for
-            bitwise reproducible training.
+        product: "reverse", "forward" or "compiled" Hessian-vector products (`HessianOperator`); "auto": that of the
+            first two, "fastest": that of all three that a first measurement finds fastest; `explain()` names it.
+            Compiling takes seconds to minutes. Measured times differ from run to run: name one for bitwise
+            reproducible training.
         keep_history: record residual norms in `solves`.
         groups: settings by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; all but lr must agree.
         maximize: ascend instead of descend.
@@ -109,7 +110,7 @@ class NewtonCG(MatrixFree):
             "line_search": line_search,
             "warm_start": warm_start,
             "product": product,
-            "chosen_product": None if product == "auto" else product,
+            "chosen_product": None if product in ("auto", "fastest") else product,
             "keep_history": keep_history,
             "maximize": maximize,
         }

@@ -23,7 +23,7 @@ from triton_curv.optimizers.matrix_free import (
     widened,
 )
 
-Product = Literal["auto", "jvp", "double_vjp"]
+Product = Literal["auto", "fastest", "jvp", "double_vjp", "compiled"]
 
 RAISE, LOWER, POOR, GOOD = 3 / 2, 2 / 3, 1 / 4, 3 / 4
 
@@ -74,9 +74,9 @@ class SGN(MatrixFree):
         momentum: in [0, 1): the right-hand side is the bias-corrected moving average of gradients.
         preconditioner: "identity", "diagonal" (1/(m^2 + rho)^0.75) or a `KFAC` of the same model, whose `step` is never
             called.
-        product: how J v is made, "jvp" or "double_vjp" (`GaussNewtonOperator`), or "auto": the one a first measurement
-            finds faster; `explain()` names it. Measured times differ from run to run: name one for bitwise reproducible
-            training.
+        product: how J v is made, "jvp", "double_vjp" or "compiled" (`GaussNewtonOperator`); "auto": that of the first
+            two, "fastest": that of all three that a first measurement finds fastest; `explain()` names it. Compiling
+            takes seconds to minutes. Measured times differ from run to run: name one for bitwise reproducible training.
         keep_history: record residual norms in `solves`.
         groups: settings by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; all but lr must agree.
         maximize: ascend instead of descend.
@@ -129,7 +129,7 @@ class SGN(MatrixFree):
             "trust_region": trust_region,
             "line_search": line_search,
             "product": product,
-            "chosen_product": None if product == "auto" else product,
+            "chosen_product": None if product in ("auto", "fastest") else product,
             "keep_history": keep_history,
             "maximize": maximize,
         }

@@ -74,7 +74,7 @@ def draw_paper_chart(paper: Paper, comparisons: Sequence[Comparison], path: Path
         f"SGD and Adam (0.9 momentum, no decay) and Newton-CG at the best of {settings.rates} rates, SGN untuned; "
         f"mean and range of {settings.seeds} seeds; one CPU thread"
     )
-    figure.suptitle(f"{paper.title}\n{protocol}", fontsize=14)
+    figure.suptitle(f"{paper.title}\n{protocol}", fontsize=11)
     figure.savefig(path)
 
 
@@ -98,6 +98,8 @@ def _draw_bars(axes: Any, task: Task, comparison: Comparison) -> None:
 
 
 def _draw_losses(axes: Any, comparison: Comparison) -> None:
+    from matplotlib.ticker import NullFormatter
+
     for result in comparison.results:
         if not result.runs:
             continue
@@ -110,6 +112,7 @@ def _draw_losses(axes: Any, comparison: Comparison) -> None:
         axes.fill_between(seconds, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.18, lw=0)
     scale_losses(axes)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("compute time, seconds", fontsize=11)
     axes.legend(fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
