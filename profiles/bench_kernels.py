@@ -24,8 +24,8 @@ import torch
 from profiles import kernel_cases
 from profiles.kernel_cases.case import Case
 from profiles.machine import append_rows
-from profiles.roofs import Roofs, measure_roofs
-from profiles.stopwatch import Stopwatch, peak_extra_bytes, stopwatch_for
+from triton_curv.profiling.roofs import Roofs, measure_roofs
+from triton_curv.profiling.stopwatch import Stopwatch, peak_extra_bytes, stopwatch_for
 from triton_curv.training.timing import one_thread
 
 NOT_OPS = ("case", "shapes")

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import nvtx
 import torch
 
+from triton_curv.costs import NOTHING, Cost
+
 Stage = Literal[
     "step",
     "factor A",
@@ -46,6 +48,14 @@ DOMAIN = "triton_curv"
 VARIABLE = "TRITON_CURV_NVTX"
 
 F = TypeVar("F", bound=Callable[..., Any])
+Payload = Callable[..., Cost | int]
+
+
+class Totals(NamedTuple):
+    """What the calls of a stage did, as far as its marks tell."""
+
+    calls: int
+    cost: Cost
 
 
 class Marked(NamedTuple):
@@ -56,17 +66,19 @@ class Marked(NamedTuple):
     name: str
     function: Callable[..., Any]
     stage: Stage
-    payload: Callable[..., int] | None
+    payload: Payload | None
 
 
 _marked: list[Marked] = []
+_totals: dict[Stage, Totals] = {}
 _enabled = False
 
 
-def stage(name: Stage, payload: Callable[..., int] | None = None) -> Callable[[F], F]:
+def stage(name: Stage, payload: Payload | None = None) -> Callable[[F], F]:
     """Mark a method, or a function called through its module, as a stage.
 
-    `payload` takes the arguments of the call and returns bytes or FLOPs (of "step": the number of the step).
+    `payload` takes the arguments of the call and returns its cost, of which the range shows the FLOPs, or the bytes
+    where there are none; or it returns a number to show (of "step": which step it is).
     """
 
     def mark(function: F) -> F:
@@ -100,6 +112,16 @@ def enabled() -> bool:
     return _enabled
 
 
+def totals() -> dict[Stage, Totals]:
+    """Calls and cost of each stage since `reset_totals()`, counted while ranges are on."""
+    return dict(_totals)
+
+
+def reset_totals() -> None:
+    """Count from zero again."""
+    _totals.clear()
+
+
 def enable_if_asked() -> None:
     """`enable()` if the environment says TRITON_CURV_NVTX=1."""
     if os.environ.get(VARIABLE, "0") not in ("", "0"):
@@ -121,7 +143,11 @@ def _with_range(marked: Marked) -> Callable[..., Any]:
 
     @contextmanager  # apart from `ranged`, into which torch.compile looks: it does not know NVTX's domains
     def in_range(*args: Any, **kwargs: Any) -> Iterator[None]:
-        number = payload(*args, **kwargs) if payload is not None else 0
+        told = payload(*args, **kwargs) if payload is not None else 0
+        cost = told if isinstance(told, Cost) else NOTHING
+        number = (told.flops or told.bytes) if isinstance(told, Cost) else told
+        before = _totals.get(name, Totals(0, NOTHING))
+        _totals[name] = Totals(before.calls + 1, before.cost + cost)
         domain.push_range(
             domain.get_event_attributes(message=name, color=COLORS[name], category=category, payload=number)
         )

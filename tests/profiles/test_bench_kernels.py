@@ -11,8 +11,8 @@ import torch
 from profiles import bench_kernels
 from profiles.bench_kernels import measure
 from profiles.kernel_cases.case import Case
-from profiles.roofs import Roofs
-from profiles.stopwatch import CpuStopwatch, Times, peak_extra_bytes
+from triton_curv.profiling.roofs import Roofs
+from triton_curv.profiling.stopwatch import CpuStopwatch, Times, peak_extra_bytes
 
 CPU = torch.device("cpu")
 

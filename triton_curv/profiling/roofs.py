@@ -3,11 +3,14 @@
 import statistics
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
-from profiles.kernel_cases.case import Bound
-from profiles.stopwatch import Stopwatch
+from triton_curv.profiling.stopwatch import Stopwatch
+
+Bound = Literal["tensor", "fp32", "memory"]
+"""The roof something stands under: tensor-core products of 16-bit inputs, fp32 products, or memory bandwidth."""
 
 GPU_SIZE, CPU_SIZE = 8192, 1024
 GPU_COPY, CPU_COPY = 1 << 29, 1 << 26
