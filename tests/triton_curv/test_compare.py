@@ -179,7 +179,7 @@ def test_one_thread_is_undone() -> None:
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     scenario = replace(get_scenario("reg-bos"), target_loss=0.9)
-    settings = Settings(tuple(OPTIMIZERS), rates=2, seeds=2, steps=30)
+    settings = Settings(tuple(OPTIMIZERS), rates=2, seeds=2, steps=30, rounds=2, block_steps=2)
     progress = Silence()
     found = compare(scenario, settings, progress)
     assert [result.optimizer for result in progress.results] == list(OPTIMIZERS)

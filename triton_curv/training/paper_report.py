@@ -70,10 +70,8 @@ def draw_paper_chart(paper: Paper, comparisons: Sequence[Comparison], path: Path
     panels[0][0].set_ylabel("final training loss", fontsize=12)
     panels[1][0].set_ylabel("training loss (evaluated)", fontsize=12)
     settings = comparisons[0].settings
-    protocol = (
-        f"SGD and Adam (0.9 momentum, no decay) and Newton-CG at the best of {settings.rates} rates, SGN untuned; "
-        f"mean and range of {settings.seeds} seeds; one CPU thread"
-    )
+    spread = f"mean and range of {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
+    protocol = f"best of {settings.rates} rates each (SGN: untuned), SGD with momentum 0.9; {spread}; one CPU thread"
     figure.suptitle(f"{paper.title}\n{protocol}", fontsize=11)
     figure.savefig(path)
 
