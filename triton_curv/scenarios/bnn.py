@@ -71,7 +71,7 @@ BNN_MNIST = Scenario(
         "adamw": 1e-2,
         "neumann": 1e-1,
         "kfac": 1e-2,
-        "newton-cg": 1.0,
+        "newton-cg": 1e-1,
         "neumann-inner": 3e-2,
     },
     options={"newton-cg": {"line_search": True, "cg_max_iter": 5}},

@@ -50,7 +50,7 @@ REG_BOS = Scenario(
         "adamw": 5.6e-3,
         "neumann": 3e-2,
         "kfac": 1e-2,
-        "newton-cg": 1e-1,
+        "newton-cg": 3e-2,
         "neumann-inner": 3e-2,
     },
     options={
@@ -72,7 +72,7 @@ REG_BOS_FULL = replace(
         "adamw": 1e-2,
         "neumann": 1e-1,
         "kfac": 1e-2,
-        "newton-cg": 1.0,
+        "newton-cg": 3.0,
         "neumann-inner": 3e-2,
     },
     options={"newton-cg": {"line_search": True, "cg_max_iter": 50}, "sgn": {"cg_max_iter": 50}},

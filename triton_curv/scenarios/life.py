@@ -75,7 +75,7 @@ REG_LIF = Scenario(
         "adamw": 3e-2,
         "neumann": 1e-1,
         "kfac": 1e-2,
-        "newton-cg": 1e-1,
+        "newton-cg": 3e-2,
         "neumann-inner": 3e-2,
     },
     options={

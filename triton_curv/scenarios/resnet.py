@@ -112,7 +112,7 @@ RESNET_TRANSFER = Scenario(
         "adamw": 3e-3,
         "neumann": 3e-2,
         "kfac": 3e-3,
-        "newton-cg": 1.0,
+        "newton-cg": 3e-2,
         "neumann-inner": 1e-2,
     },
     options={"newton-cg": {"line_search": True, "cg_max_iter": 5}},

@@ -55,7 +55,7 @@ VAE_MNIST = Scenario(
         "adamw": 1e-2,
         "neumann": 1e-3,
         "kfac": 3e-3,
-        "newton-cg": 1.0,
+        "newton-cg": 3e-1,
         "neumann-inner": 1e-3,
     },
     options={"newton-cg": {"line_search": True, "cg_max_iter": 5}},
