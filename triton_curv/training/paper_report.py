@@ -83,7 +83,13 @@ def _draw_bars(axes: Any, task: Task, comparison: Comparison) -> None:
         mean = statistics.fmean(losses)
         spread = [[mean - min(losses)], [max(losses) - mean]]
         axes.bar(position, mean, yerr=spread, color=COLOURS.get(result.optimizer), capsize=3)
-        axes.annotate(f"{mean:.3g}" if mean >= 100 else f"{mean:.2g}", (position, max(losses)), ha="center", va="bottom", fontsize=10)
+        axes.annotate(
+            f"{mean:.3g}" if mean >= 100 else f"{mean:.2g}",
+            (position, max(losses)),
+            ha="center",
+            va="bottom",
+            fontsize=10,
+        )
     axes.set_xticks(range(len(drawn)), [result.optimizer for result, _ in drawn], rotation=20, fontsize=10)
     values = [loss for _, losses in drawn for loss in losses]
     axes.set_ylim(min(values, default=1.0) / 2, max(values, default=1.0) * 1.5)
