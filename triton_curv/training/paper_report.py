@@ -71,7 +71,8 @@ def draw_paper_chart(paper: Paper, comparisons: Sequence[Comparison], path: Path
     panels[1][0].set_ylabel("training loss (evaluated)", fontsize=12)
     settings = comparisons[0].settings
     spread = f"mean and range of {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
-    protocol = f"best of {settings.rates} rates each (SGN: step 1), options by scenario; SGD with momentum 0.9; {spread}; one CPU thread"
+    tuned = f"best of {settings.rates} rates each (SGN: step 1), options by scenario; SGD with momentum 0.9"
+    protocol = f"{tuned}; {spread}; one CPU thread"
     figure.suptitle(f"{paper.title}\n{protocol}", fontsize=11)
     figure.savefig(path)
 
