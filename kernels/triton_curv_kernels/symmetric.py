@@ -15,9 +15,8 @@ k = ceil(n/2) and e = 1 for even n, else 0, a matrix M is the row-major rectangl
 Rows of M are rows of R, so both sides are read and written in long runs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import triton
@@ -26,13 +25,9 @@ from torch import Tensor
 from torch.library import triton_op
 
 from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.packed import packed_offsets
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def packed_offsets(sizes: Iterable[int]) -> list[int]:
-    """Where the triangle of each n x n matrix starts in the buffer, and last the length of the buffer."""
-    return list(accumulate((n * (n + 1) // 2 for n in sizes), initial=0))
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
