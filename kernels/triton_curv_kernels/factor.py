@@ -124,8 +124,8 @@ def _accumulate_kernel(
     factor += batch.to(tl.int64) * stride_fb
     in_block = tl.arange(0, BLOCK_N)
     if ALIGN > 1:
-        n = tl.multiple_of(n, ALIGN)
-        stride_rk = tl.multiple_of(stride_rk, ALIGN)
+        n = n // ALIGN * ALIGN  # says it to the compiler, which ignores tl.multiple_of on arguments
+        stride_rk = stride_rk // ALIGN * ALIGN
 
     if p < triangle:
         row, column = _tile_of(p, tiles)

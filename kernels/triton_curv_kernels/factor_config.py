@@ -123,8 +123,8 @@ def default_config(problem: FactorProblem) -> FactorConfig:
     return FactorConfig(block_n, block_k, _default_split(problem, block_n), num_warps, num_stages)
 
 
-def prefers_large_tiles(n: int, fp32: bool) -> bool:
-    """Whether tiles of 128 take less time than tiles of 64, which waste less on the rim of an n x n triangle.
+def prefers_large_tiles(n: int, fp32: bool, large: int = 128, small: int = 64) -> bool:
+    """Whether large tiles take less time than small ones, which waste less on the rim of an n x n triangle.
 
     A tile of 64 reads twice as much for a product: shared memory feeds tensor cores at about 0.55 of the rate that
     it has with tiles of 128, fp32 units at 0.85.
@@ -134,7 +134,7 @@ def prefers_large_tiles(n: int, fp32: bool) -> bool:
         tiles = -(-n // block)
         return tiles * (tiles + 1) // 2 * block**2
 
-    return area(128) * (0.85 if fp32 else 0.55) <= area(64)
+    return area(large) * (0.85 if fp32 else 0.55) <= area(small)
 
 
 def _default_split(problem: FactorProblem, block_n: int) -> int:

@@ -34,7 +34,11 @@ def multiply_tile(
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """X[:count, i:i + BLOCK_N]^T X[:count, j:j + BLOCK_N] in fp32; a tile on the diagonal loads its columns once."""
+    """X[:count, i:i + BLOCK_N]^T X[:count, j:j + BLOCK_N] in fp32.
+
+    A tile on the diagonal loads its columns once: for a factor of one tile, memory is the limit. Not so if fp32 units
+    multiply, where a second loop spills registers.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     offs_i = i + tl.arange(0, BLOCK_N)
     offs_j = j + tl.arange(0, BLOCK_N)
@@ -42,7 +46,8 @@ def multiply_tile(
     advance = tl.cast(stride_k, tl.int64) * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(count, BLOCK_K).to(tl.int32)
-    if i == j:
+    LOADS_BOUND: tl.constexpr = not (rows.dtype.element_ty == tl.float32 and INPUT_PRECISION == "ieee")
+    if LOADS_BOUND and i == j:
         for step in range(0, steps):
             in_k = offs_k[:, None] < count - step * BLOCK_K
             x = tl.load(j_ptrs, mask=in_k & (offs_j[None, :] < n), other=0.0)  # (BLOCK_K, BLOCK_N)
@@ -100,28 +105,31 @@ def store_columns(
 
     Packed: what lies on or under the diagonal, columns of the first half as they are, the others transposed.
     """
-    offs_i = (i + tl.arange(0, ROWS)).to(tl.int64)
-    offs_j = (j + tl.arange(0, COLUMNS)).to(tl.int64)
     if PACKED:
-        size = tl.cast(size, tl.int64)
         half = (size + 1) // 2
         even = 1 - size % 2
-        mask = (offs_i[:, None] < n) & (offs_j[None, :] <= offs_i[:, None])
+        base_i = tl.cast(i, tl.int64)
+        base_j = tl.cast(j, tl.int64)
+        r = tl.arange(0, ROWS)
+        c = tl.arange(0, COLUMNS)
+        mask = (r[:, None] < n - i) & (c[None, :] - r[:, None] <= i - j)
         if j < half:
-            ptrs = factor + (offs_i + even)[:, None] * half + offs_j[None, :]
-            in_first = mask & (offs_j[None, :] < half)
+            ptrs = factor + (base_i + even) * half + base_j + r[:, None] * half + c[None, :]
+            in_first = mask & (c[None, :] < half - j)
             result = value
             if beta != 0.0:
                 result += beta * tl.load(ptrs, mask=in_first, other=0.0)
             tl.store(ptrs, result, mask=in_first)
         if j + COLUMNS > half:
-            ptrs = factor + (offs_j - half)[:, None] * half + (offs_i - half + 1 - even)[None, :]
-            in_last = tl.trans(mask) & (offs_j[:, None] >= half)
+            ptrs = factor + (base_j - half) * half + base_i - half + 1 - even + c[:, None] * half + r[None, :]
+            in_last = (r[None, :] < n - i) & (c[:, None] - r[None, :] <= i - j) & (c[:, None] >= half - j)
             result = tl.trans(value)
             if beta != 0.0:
                 result += beta * tl.load(ptrs, mask=in_last, other=0.0)
             tl.store(ptrs, result, mask=in_last)
     else:
+        offs_i = (i + tl.arange(0, ROWS)).to(tl.int64)
+        offs_j = (j + tl.arange(0, COLUMNS)).to(tl.int64)
         ptrs = factor + offs_i[:, None] * stride_i + offs_j[None, :] * stride_j
         mask = (offs_i[:, None] < n) & (offs_j[None, :] < n)
         if beta != 0.0:
