@@ -8,9 +8,9 @@ finite. (If a column of X holds NaN or Inf, C_ii is not finite; if all C_ii are 
 Source: A and G of arXiv 1811.12019 section 3.
 
 Programs are rows of a table that the host plans once for a list of shapes (factor_table.py): a tile of the lower
-triangle of one factor and a part of its K, all of like length, longest first. A factor whose K is one part is written
-at once; the others go through an fp32 workspace and a second kernel, which adds the parts in their order. No atomics:
-results do not vary from run to run.
+triangle of one factor and a part of its K, all of like length, longest first. Parts go through an fp32 workspace and a
+second kernel, which adds them in their order (if no K is cut, factors are written at once). No atomics: results do not
+vary from run to run.
 
 The table holds addresses, which tensors have none of while torch.compile traces: the op is a
 `torch.library.custom_op`, one node that no compiler looks into, and still one pair of launches when the graph runs.
@@ -36,7 +36,7 @@ from triton_curv_kernels.factor_table import BORDER_N, WIDEST_STRIP, AddressedMa
 from triton_curv_kernels.packed import packed_diagonal
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-STATISTICS_BLOCK = 2048
+STATISTICS_BLOCK = 1024
 
 _tables = DeviceCache(128)
 
@@ -142,7 +142,6 @@ def _launch(
             ROWS_DTYPE=TRITON_DTYPES[dtype],
             KINDS=work.kinds,
             SPLITS=work.splits,
-            STORES=work.stores,
             STATISTICS=traces is not None,
             ALIGN=16 // dtype.itemsize,
             BLOCK_K=config.BLOCK_K,

@@ -22,11 +22,12 @@ def _load_shape(shapes, m):
 
 @triton.jit
 def _run_tile(
-    rows,
+    address,
     factor,
     workspace,
     row,
     column,
+    first,
     count,
     n,
     size,
@@ -40,20 +41,25 @@ def _run_tile(
     slot,
     diagonal,
     old,
+    ROWS_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
-    STORES: tl.constexpr,
     STATISTICS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """A tile's product to C, or to the workspace; of a tile on the diagonal, what the statistics need, too."""
+    """A tile's product to C, or to the workspace; of a tile on the diagonal, what the statistics need, too.
+
+    The compiler forgets `tl.multiple_of` of an argument, which is why sizes say it by arithmetic.
+    """
+    rows = address.to(tl.pointer_type(ROWS_DTYPE))
     if ALIGN > 1:
         rows = tl.multiple_of(rows, 16)
         n = n // ALIGN * ALIGN
         stride_rk = stride_rk // ALIGN * ALIGN
+    rows += first * stride_rk
     i = row.to(tl.int32) * BLOCK_N
     j = column.to(tl.int32) * BLOCK_N
     in_block = tl.arange(0, BLOCK_N)
@@ -70,18 +76,17 @@ def _run_tile(
             # column n, a border's, is another program's
             tl.store(workspace + old + offs, before, mask=offs < n)
             tl.debug_barrier()  # the same program overwrites it
-    if SPLITS and slot >= 0:
+    if SPLITS:
         part = workspace + slot // 64 * 64
         tl.store(part + in_block[:, None] * BLOCK_N + in_block[None, :], acc)
-    if STORES and slot < 0:
-        if PACKED == "all":
-            store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, True)
-        elif PACKED == "none":
-            store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, False)
-        elif packed:
-            store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, True)
-        else:
-            store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, False)
+    elif PACKED == "all":
+        store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, True)
+    elif PACKED == "none":
+        store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, False)
+    elif packed:
+        store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, True)
+    else:
+        store_tile(factor, acc, i, j, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, False)
 
 
 @triton.jit
@@ -106,7 +111,6 @@ def multiply_group_kernel(
     KINDS: tl.constexpr,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
-    STORES: tl.constexpr,
     STATISTICS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -128,34 +132,33 @@ def multiply_group_kernel(
     n, size, k, entry, packed, strides = _load_shape(shapes, m)
     alpha = tl.load(alphas + entry)
     beta = tl.load(betas + entry)
-    rows = tl.load(addresses + 2 * m).to(tl.pointer_type(ROWS_DTYPE))
+    address = tl.load(addresses + 2 * m)
     factor = tl.load(addresses + 2 * m + 1).to(tl.pointer_type(tl.float32))
     stride_rk, stride_rn, stride_fi, stride_fj = strides
     if KINDS & 1:
         if kind == 1:
             _run_tile(
-                rows + first * (stride_rk // ALIGN * ALIGN), factor, workspace, row, column, count, n, size, alpha,
-                beta, packed, stride_rk, 1, stride_fi, stride_fj, slot, diagonal, old, BLOCK_N, BLOCK_K, ALIGN, PACKED,
-                SPLITS, STORES, STATISTICS, INPUT_PRECISION,
+                address, factor, workspace, row, column, first, count, n, size, alpha, beta, packed, stride_rk, 1,
+                stride_fi, stride_fj, slot, diagonal, old, ROWS_DTYPE, BLOCK_N, BLOCK_K, ALIGN, PACKED, SPLITS,
+                STATISTICS, INPUT_PRECISION,
             )  # fmt: skip
     if KINDS & 2:
         if kind == 2:
             _run_tile(
-                rows + first * (stride_rk // ALIGN * ALIGN), factor, workspace, row, column, count, n, size, alpha,
-                beta, packed, stride_rk, 1, stride_fi, stride_fj, slot, diagonal, old, SMALL_N, BLOCK_K, ALIGN, PACKED,
-                SPLITS, STORES, STATISTICS, INPUT_PRECISION,
+                address, factor, workspace, row, column, first, count, n, size, alpha, beta, packed, stride_rk, 1,
+                stride_fi, stride_fj, slot, diagonal, old, ROWS_DTYPE, SMALL_N, BLOCK_K, ALIGN, PACKED, SPLITS,
+                STATISTICS, INPUT_PRECISION,
             )  # fmt: skip
     if KINDS & 4:
         if kind == 4:
             _run_tile(
-                rows + first * stride_rk, factor, workspace, row, column, count, n, size, alpha, beta, packed,
-                stride_rk, stride_rn, stride_fi, stride_fj, slot, diagonal, old, SMALL_N, BLOCK_K, 1, PACKED, SPLITS,
-                STORES, STATISTICS, INPUT_PRECISION,
+                address, factor, workspace, row, column, first, count, n, size, alpha, beta, packed, stride_rk,
+                stride_rn, stride_fi, stride_fj, slot, diagonal, old, ROWS_DTYPE, SMALL_N, BLOCK_K, 1, PACKED, SPLITS,
+                STATISTICS, INPUT_PRECISION,
             )  # fmt: skip
     if KINDS & 24:
         if kind >= 8:
             j = column.to(tl.int32) * BORDER_N
-            start = rows + first * stride_rk
             if STATISTICS:
                 if old >= 0 and j == 0:
                     end = n.to(tl.int64)
@@ -168,16 +171,17 @@ def multiply_group_kernel(
             sums = tl.zeros((BORDER_N,), dtype=tl.float32)
             if KINDS & 8:
                 if kind == 8:
-                    wide = tl.multiple_of(rows, 16) + first * (stride_rk // ALIGN * ALIGN)
-                    sums += sum_columns(
-                        wide, j, count, n // ALIGN * ALIGN, stride_rk // ALIGN * ALIGN, 1, BORDER_N, BLOCK_K
-                    )
+                    rows = tl.multiple_of(address.to(tl.pointer_type(ROWS_DTYPE)), 16)
+                    stride = stride_rk // ALIGN * ALIGN
+                    columns = n // ALIGN * ALIGN
+                    sums += sum_columns(rows + first * stride, j, count, columns, stride, 1, BORDER_N, BLOCK_K)
             if KINDS & 16:
                 if kind == 16:
-                    sums += sum_columns(start, j, count, n, stride_rk, stride_rn, BORDER_N, BLOCK_K)
-            if SPLITS and slot >= 0:
+                    rows = address.to(tl.pointer_type(ROWS_DTYPE)) + first * stride_rk
+                    sums += sum_columns(rows, j, count, n, stride_rk, stride_rn, BORDER_N, BLOCK_K)
+            if SPLITS:
                 tl.store(workspace + slot + j + tl.arange(0, BORDER_N), sums)
-            if STORES and slot < 0:
+            else:
                 _store_either_border(factor, sums, j, n, k, alpha, beta, packed, stride_fi, stride_fj, BORDER_N)
 
 

@@ -20,7 +20,7 @@ from triton_curv_kernels.factor_group_config import GroupConfig, parts_of
 Table: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 BORDER_N = 64  # columns that a program of the border sums
-WIDEST_STRIP = 32  # columns that a finishing program writes
+WIDEST_STRIP = 16  # columns that a finishing program writes: 32 spill registers
 COLUMN_GROUP = 8  # tiles of so many columns follow one another, row by row: their rows of X stay in the L2 cache
 STORE = -1  # in place of a workspace offset: the result goes to the factor at once, or nowhere
 
@@ -82,7 +82,6 @@ class Plan:
     kinds: int
     finish_kinds: int
     splits: bool
-    stores: bool
 
 
 class AddressedMatrix(NamedTuple):
@@ -121,7 +120,10 @@ def tile_kind(matrix: MatrixShape, fp32: bool, config: GroupConfig) -> Kind:
 
 @lru_cache(maxsize=64)
 def plan(matrices: tuple[MatrixShape, ...], dtype: torch.dtype, config: GroupConfig, statistics: bool) -> Plan:
-    """Cut the matrices into tiles and parts of K, and give each part that does not write C a place in the workspace."""
+    """Cut the matrices into tiles and parts of K, and give each part that does not write C a place in the workspace.
+
+    None writes C if one K is cut: stores would take the multiplying kernel twice the registers.
+    """
     items: list[tuple[int, Table]] = []  # (length of a program, programs)
     finish: list[tuple[int, Table]] = []
     workspace = 0
@@ -132,6 +134,7 @@ def plan(matrices: tuple[MatrixShape, ...], dtype: torch.dtype, config: GroupCon
         workspace += -(-floats // 64) * 64
         return start
 
+    split = any(parts_of(matrix.k, config)[0] > 1 for matrix in matrices)
     for m, matrix in enumerate(matrices):
         kind = tile_kind(matrix, dtype == torch.float32, config)
         block = config.BLOCK_N if kind == Kind.LARGE else config.SMALL_N
@@ -140,7 +143,6 @@ def plan(matrices: tuple[MatrixShape, ...], dtype: torch.dtype, config: GroupCon
         count = np.minimum(matrix.k - first, rows)
         row, column = _triangle(-(-matrix.n // block))
         borders = np.arange(max(1, -(-matrix.n // BORDER_N)) if matrix.ones else 0, dtype=np.int64)
-        split = parts > 1
         padded = -(-max(matrix.size, 1) // 128) * 128 + 128  # a tile may write past the last column
 
         diagonal = reserve((parts + 1) * padded) if statistics and matrix.size else STORE
@@ -197,8 +199,7 @@ def plan(matrices: tuple[MatrixShape, ...], dtype: torch.dtype, config: GroupCon
         workspace=workspace,
         kinds=int(np.bitwise_or.reduce(work[:, 0], initial=0)),
         finish_kinds=int(np.bitwise_or.reduce(ends[:, 0], initial=0)),
-        splits=bool((work[:, 6] != STORE).any()),
-        stores=bool((work[:, 6] == STORE).any()),
+        splits=split,
     )
 
 
