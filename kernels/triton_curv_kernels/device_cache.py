@@ -10,11 +10,21 @@ so both sides are kept as long as the process lives, and are never handed to a c
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from threading import Lock
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+Table: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the tensor is one of a trace (torch.compile), which has no address."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 class _Entry(NamedTuple):
@@ -27,28 +37,30 @@ class DeviceCache:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self.captured: list[_Entry] = []
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._captured: list[_Entry] = []
+        self._lock = Lock()
 
-    def get(self, key: Hashable, device: torch.device, make: Callable[[], "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"]) -> Tensor:
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Table]) -> Tensor:
         """The table for `key` on `device`; `make` gives its content, a function of `key`."""
         on_cuda = device.type == "cuda"
         capturing = on_cuda and torch.cuda.is_current_stream_capturing()
         key = (key, device, torch.cuda.current_stream(device).cuda_stream if on_cuda else 0)
-        entry = self.entries.get(key)
-        if entry is not None:
-            self.entries.move_to_end(key)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                host = torch.from_numpy(make())
+                host = host.pin_memory() if on_cuda else host
+                entry = _Entry(host, host.to(device, non_blocking=True))
+                if not capturing:
+                    self._entries[key] = entry
+            else:
+                self._entries.move_to_end(key)
             if capturing:
-                self.captured.append(entry)
-            return entry.device
-        host = torch.from_numpy(make())
-        if on_cuda:
-            host = host.pin_memory()
-        entry = _Entry(host, host.to(device, non_blocking=True))
-        if capturing:
-            self.captured.append(entry)
-        else:
-            self.entries[key] = entry
-            if len(self.entries) > self.size:
-                self.entries.popitem(last=False)
+                self._captured.append(entry)
+            if len(self._entries) > self.size:
+                self._entries.popitem(last=False)
         return entry.device

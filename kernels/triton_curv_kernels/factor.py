@@ -35,7 +35,7 @@ from triton_curv_kernels.factor_config import (
 )
 from triton_curv_kernels.factor_reference import accumulate_factor_reference
 from triton_curv_kernels.factor_tiles import multiply_tile, store_border, store_tile, sum_columns
-from triton_curv_kernels.packed import packed_length
+from triton_curv_kernels.packed import packed_length, tile_of
 
 __all__ = [
     # the op, its reference and its launcher
@@ -61,20 +61,6 @@ def _count_programs(n, ONES: tl.constexpr, BLOCK_N: tl.constexpr):
     tiles = tl.cdiv(n, BLOCK_N)
     triangle = tiles * (tiles + 1) // 2
     return tiles, triangle, triangle + (tl.maximum(tiles, 1) if ONES else 0)
-
-
-@triton.jit
-def _tile_of(p, tiles):
-    """Tile (row, column), row >= column, number p of a triangle of `tiles` rows: exact, in integers only.
-
-    Row `tiles - 1 - i` (long) and row `i` (short) together have tiles + 1 tiles, whatever i: they are numbered as one.
-    """
-    pair = p // (tiles + 1)
-    j = p % (tiles + 1)
-    is_long = j < tiles - pair
-    row = tl.where(is_long, tiles - 1 - pair, pair)
-    column = tl.where(is_long, j, j - (tiles - pair))
-    return row, column
 
 
 @triton.jit
@@ -128,7 +114,7 @@ def _accumulate_kernel(
         stride_rk = stride_rk // ALIGN * ALIGN
 
     if p < triangle:
-        row, column = _tile_of(p, tiles)
+        row, column = tile_of(p, tiles)
         i, j = row * BLOCK_N, column * BLOCK_N
         acc = multiply_tile(rows, i, j, count, n, stride_rk, stride_rn, BLOCK_N, BLOCK_K, INPUT_PRECISION)
         if not SPLIT:
@@ -173,7 +159,7 @@ def _finish_kernel(
     size = n + (1 if ONES else 0)
 
     if p < triangle:
-        row, column = _tile_of(p, tiles)
+        row, column = tile_of(p, tiles)
         acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
         for split in range(splits):
             part = workspace + _slot_of(split) * (BLOCK_N * BLOCK_N)

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from triton_curv_kernels.device_cache import Table
 from triton_curv_kernels.factor_config import has_wide_rows, prefers_large_tiles
 from triton_curv_kernels.factor_group_config import GroupConfig, parts_of
-
-Table: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 BORDER_N = 64  # columns that a program of the border sums
 WIDEST_STRIP = 16  # columns that a finishing program writes: 32 spill registers

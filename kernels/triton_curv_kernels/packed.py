@@ -119,3 +119,17 @@ def offset_in_packed(i, j, n):
     half = (n + 1) // 2
     even = 1 - n % 2
     return tl.where(j < half, (i + even) * half + j, (j - half) * half + i - half + 1 - even)
+
+
+@triton.jit
+def tile_of(p, tiles):
+    """Tile (row, column), row >= column, number p of a triangle of `tiles` rows: exact, in integers only.
+
+    Row `tiles - 1 - i` (long) and row `i` (short) together have tiles + 1 tiles, whatever i: they are numbered as one.
+    """
+    pair = p // (tiles + 1)
+    j = p % (tiles + 1)
+    is_long = j < tiles - pair
+    row = tl.where(is_long, tiles - 1 - pair, pair)
+    column = tl.where(is_long, j, j - (tiles - pair))
+    return row, column

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tests.support.poison import poisoned, poisoned_allocations
 from triton_curv_kernels.backend import DeviceLimits, UnsupportedInputError
+from triton_curv_kernels.packed import tile_of
 from triton_curv_kernels.factor import (
     CONFIGS,
     FactorConfig,
     FactorProblem,
-    _tile_of,
     accumulate_factor_,
     default_config,
     launch_accumulate_factor_,
@@ -141,7 +141,7 @@ def test_launch_by_default_splits_a_long_k() -> None:
 @triton.jit  # type: ignore[untyped-decorator]  # Triton is untyped
 def _tiles_kernel(FIRST: Any, TILES: Any, OUT: Any, N: tl.constexpr) -> None:
     p = tl.load(FIRST) + tl.arange(0, N)
-    row, column = _tile_of(p, tl.load(TILES))
+    row, column = tile_of(p, tl.load(TILES))
     tl.store(OUT + tl.arange(0, N), row)
     tl.store(OUT + N + tl.arange(0, N), column)
 
