@@ -8,11 +8,11 @@ n: dense (n', n') or (B, n', n'), symmetric, both triangles written; or packed (
 (B, n' (n' + 1) / 2), in the format of packed.py. The reference takes fp64, too.
 Source: A and G of arXiv 1811.12019 section 3; a bias is one more input that is always 1.
 
-The Triton path computes the lower triangle in square tiles and stores each tile twice (once, if packed). One program owns the pairs
-(i, j), (j, i) of its tile, so the update is in place without a race, and a C that is bitwise symmetric stays so. Row
-and column of the ones are column sums of X, made by programs of their own. If the tiles are too few to fill the
-device, K is split: each program writes a partial tile to an fp32 workspace and a second kernel adds them in a fixed
-order, so that results do not vary from run to run.
+The Triton path computes the lower triangle in square tiles and stores each tile twice (once, if packed). One program
+owns the pairs (i, j), (j, i) of its tile, so the update is in place without a race, and a C that is bitwise symmetric
+stays so. Row and column of the ones are column sums of X, made by programs of their own. If the tiles are too few to
+fill the device, K is split: each program writes a partial tile to an fp32 workspace and a second kernel adds them in a
+fixed order, so that results do not vary from run to run. `accumulate_factors_` (factor_group.py) takes a list of layers.
 """
 
 import torch
@@ -164,7 +164,9 @@ def _finish_kernel(
         for split in range(splits):
             part = workspace + _slot_of(split) * (BLOCK_N * BLOCK_N)
             acc += tl.load(part + in_block[:, None] * BLOCK_N + in_block[None, :])
-        store_tile(factor, acc, row * BLOCK_N, column * BLOCK_N, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, PACKED)
+        store_tile(
+            factor, acc, row * BLOCK_N, column * BLOCK_N, n, size, alpha, beta, stride_fi, stride_fj, BLOCK_N, PACKED
+        )
     else:
         sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for split in range(splits):
@@ -237,9 +239,9 @@ def check_shapes(factor: Tensor, rows: Tensor, ones: bool) -> None:
     dense, packed = (*batch, n, n), (*batch, packed_length(n))
     if rows.dim() not in (2, 3) or factor.shape not in (dense, packed):
         raise UnsupportedInputError(
-            f"expected rows (K, n) or (B, K, n) and a factor dense (n', n') or (B, n', n') or packed (n' (n' + 1) / 2,) "
-            f"or (B, n' (n' + 1) / 2) with n' = n + {int(ones)}, got rows {tuple(rows.shape)} and factor "
-            f"{tuple(factor.shape)}"
+            "expected rows (K, n) or (B, K, n) and a factor dense (n', n') or (B, n', n') or packed "
+            f"(n' (n' + 1) / 2,) or (B, n' (n' + 1) / 2) with n' = n + {int(ones)}, got rows {tuple(rows.shape)} and "
+            f"factor {tuple(factor.shape)}"
         )
     if factor.shape == packed and factor.stride(-1) != 1 and factor.shape[-1] > 1:
         raise UnsupportedInputError(f"expected a packed factor without gaps, got strides {factor.stride()}")

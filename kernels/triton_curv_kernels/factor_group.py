@@ -30,8 +30,8 @@ from triton_curv_kernels.backend import DeviceLimits, UnsupportedInputError, dev
 from triton_curv_kernels.device_cache import DeviceCache
 from triton_curv_kernels.factor import check_shapes, compiled_precision, supports
 from triton_curv_kernels.factor_group_config import GroupConfig, GroupProblem, default_group_config
-from triton_curv_kernels.factor_reference import accumulate_factor_reference
 from triton_curv_kernels.factor_group_kernels import finish_group_kernel, multiply_group_kernel
+from triton_curv_kernels.factor_reference import accumulate_factor_reference
 from triton_curv_kernels.factor_table import BORDER_N, WIDEST_STRIP, AddressedMatrix, MatrixShape, matrices_of, plan
 from triton_curv_kernels.packed import packed_diagonal
 
@@ -90,9 +90,10 @@ def launch_accumulate_factors_(
                 f"expected an fp32 factor and fp32, fp16 or bf16 rows at place {index}, got {factor.dtype} and "
                 f"{x.dtype}"
             )
-    if traces is not None or nonfinite is not None:
-        traces = traces if traces is not None else torch.empty_like(nonfinite, dtype=torch.float32)
-        nonfinite = nonfinite if nonfinite is not None else torch.empty_like(traces, dtype=torch.int32)
+    if traces is not None:
+        nonfinite = torch.empty_like(traces, dtype=torch.int32) if nonfinite is None else nonfinite
+    elif nonfinite is not None:
+        traces = torch.empty_like(nonfinite, dtype=torch.float32)
     place = 0
     by_dtype: dict[torch.dtype, list[AddressedMatrix]] = {}
     for entry, (factor, x, one) in enumerate(zip(factors, rows, ones, strict=True)):
@@ -264,9 +265,9 @@ def accumulate_factors_(
         check_lists(factors, rows, *numbers, each_ones, traces, nonfinite)
         accumulate_factors_reference(factors, rows, *numbers, each_ones, traces, nonfinite)
     else:
-        numbers = (_as_tensor(alphas, count, device), _as_tensor(betas, count, device))
+        vectors = (_as_tensor(alphas, count, device), _as_tensor(betas, count, device))
         ints = None if config is None else config.to_ints()
-        torch.ops.triton_curv.accumulate_factors_(factors, rows, *numbers, each_ones, traces, nonfinite, ints)
+        torch.ops.triton_curv.accumulate_factors_(factors, rows, *vectors, each_ones, traces, nonfinite, ints)
 
 
 def _as_list(numbers: Numbers, count: int) -> list[float]:

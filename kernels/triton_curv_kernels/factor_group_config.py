@@ -46,8 +46,8 @@ class GroupConfig:
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> "GroupConfig":
         """Inverse of `to_ints`."""
-        *tiling, precision = values
-        return cls(*tiling, INPUT_PRECISIONS[precision])
+        block_n, small_n, block_k, part_k, num_warps, num_stages, precision = values
+        return cls(block_n, small_n, block_k, part_k, num_warps, num_stages, INPUT_PRECISIONS[precision])
 
 
 GROUP_NUMERICS = ("PART_K", "BLOCK_K", "input_precision")
@@ -79,7 +79,7 @@ def prune_group(configs: Sequence[GroupConfig], problem: GroupProblem) -> list[G
         operands = 2 * config.BLOCK_N * config.BLOCK_K * problem.dtype.itemsize * config.num_stages
         return (
             problem.limits.shared_memory >= max(operands, 4 * config.BLOCK_N**2)
-            and (config.PART_K <= max(PARTS_K[0], longest))
+            and max(PARTS_K[0], longest) >= config.PART_K
             and (config.input_precision == "ieee" or fp32)  # else it is the same kernel
             and (config.input_precision != "tf32x3" or problem.limits.platform == "cuda")
             and (config.input_precision != "bf16x6" or config.BLOCK_N <= 64)  # tensor memory of sm_100, registers

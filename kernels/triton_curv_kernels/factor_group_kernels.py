@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
-# (Triton's language is untyped)
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102
+# (Triton's language is untyped; an outer `if` of constants says what is compiled)
 """The two kernels of `accumulate_factors_`: programs are rows of the tables that factor_table.py makes."""
 
 import triton
@@ -119,6 +119,7 @@ def multiply_group_kernel(
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    """A tile or a block of column sums of one matrix and one part of its K."""
     item = items + tl.program_id(0).to(tl.int64) * 9
     kind = tl.load(item)
     m = tl.load(item + 1)
@@ -286,6 +287,7 @@ def finish_group_kernel(
     STRIP: tl.constexpr,
     STATISTICS_BLOCK: tl.constexpr,
 ):
+    """A strip of a tile, a block of a border, or the statistics of one matrix."""
     item = items + tl.program_id(0).to(tl.int64) * 8
     kind = tl.load(item)
     m = tl.load(item + 1)

@@ -90,7 +90,7 @@ def _write_triangle(target: Tensor, product: Tensor, alpha: float, beta: float) 
 
 
 def _accumulate_triangle(target: Tensor, rows: Tensor, alpha: float, beta: float) -> None:
-    """tril(target) <- beta tril(target) + alpha tril(rows^T rows): panels in place, the blocks of their diagonal not."""
+    """tril(target) <- beta tril(target) + alpha tril(rows^T rows): by panels, in place but on the diagonal."""
     n = rows.shape[-1]
     for i in range(0, n, PANEL):
         columns = rows[:, i : i + PANEL]

@@ -102,9 +102,10 @@ def matrices_of(entry: int, place: int, factor: Tensor, rows: Tensor, ones: bool
         rows_step, factor_step = rows.stride(0) * rows.dtype.itemsize, factor.stride(0) * factor.dtype.itemsize
     rows_at, factor_at = rows.data_ptr(), factor.data_ptr()
     wide = has_wide_rows(rows) and rows_at % 16 == 0
-    shape = (entry, k, n, ones, packed, wide, *rows.stride()[-2:], fi, fj)
+    rk, rn = rows.stride()[-2:]
+    shape = MatrixShape(entry, k, n, ones, packed, wide, rk, rn, fi, fj, place)
     return [
-        AddressedMatrix(MatrixShape(*shape, place + b), rows_at + b * rows_step, factor_at + b * factor_step)
+        AddressedMatrix(shape._replace(place=place + b), rows_at + b * rows_step, factor_at + b * factor_step)
         for b in range(batch)
     ]
 
@@ -171,14 +172,14 @@ def plan(matrices: tuple[MatrixShape, ...], dtype: torch.dtype, config: GroupCon
         if split:
             strip = min(WIDEST_STRIP, block)
             strips = np.arange(block // strip, dtype=np.int64)
-            ends = np.empty((len(row), len(strips), FINISH_COLUMNS), dtype=np.int64)
-            ends[..., 0] = Kind.LARGE if kind == Kind.LARGE else Kind.SMALL
-            ends[..., 1] = m
-            ends[..., 2], ends[..., 3], ends[..., 4] = row[:, None], column[:, None], strips
-            ends[..., 5] = tile_slot + np.arange(len(row), dtype=np.int64)[:, None] * parts * block**2
-            ends[..., 6], ends[..., 7] = parts, block**2
-            finish.append((parts, ends.reshape(-1, FINISH_COLUMNS)))
-            edge = np.zeros((len(borders), FINISH_COLUMNS), dtype=np.int64)
+            strip_items = np.empty((len(row), len(strips), FINISH_COLUMNS), dtype=np.int64)
+            strip_items[..., 0] = Kind.LARGE if kind == Kind.LARGE else Kind.SMALL
+            strip_items[..., 1] = m
+            strip_items[..., 2], strip_items[..., 3], strip_items[..., 4] = row[:, None], column[:, None], strips
+            strip_items[..., 5] = tile_slot + np.arange(len(row), dtype=np.int64)[:, None] * parts * block**2
+            strip_items[..., 6], strip_items[..., 7] = parts, block**2
+            finish.append((parts, strip_items.reshape(-1, FINISH_COLUMNS)))
+            edge: Table = np.zeros((len(borders), FINISH_COLUMNS), dtype=np.int64)
             edge[:, 0], edge[:, 1], edge[:, 3] = Kind.BORDER, m, borders
             edge[:, 5:] = border_slot, parts, padded
             finish.append((parts, edge))

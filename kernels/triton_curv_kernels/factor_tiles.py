@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # (Triton's language is untyped)
 """Parts of the kernels of `accumulate_factor_` and `accumulate_factors_`: products of tiles, and where results go.
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201
 # (Triton's language is untyped)
 """The packed format of symmetric matrices, n (n + 1) / 2 numbers each: where they lie, to it and from it.
 
@@ -18,7 +18,6 @@ from itertools import accumulate
 from math import isqrt
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

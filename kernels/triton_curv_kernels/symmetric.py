@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN202, SIM108
 # (Triton's language is untyped)
 """Triangles of symmetric matrices, packed one after another into a 1-D buffer, and back, a whole list in one launch.
 
@@ -27,6 +27,24 @@ from torch.library import triton_op
 from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
 from triton_curv_kernels.device_cache import DeviceCache, Table, is_traced
 from triton_curv_kernels.packed import packed_length, packed_offsets, tile_of
+
+__all__ = [
+    # the ops, their references and their launchers
+    "launch_pack_symmetric",
+    "launch_unpack_symmetric",
+    "pack_symmetric",
+    "pack_symmetric_reference",
+    "packed_offsets",
+    "supports",
+    "unpack_symmetric",
+    "unpack_symmetric_reference",
+    # their configurations
+    "CONFIGS",
+    "NUMERICS",
+    "SymmetricConfig",
+    "default_config",
+    "prune",
+]
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 DTYPES = tuple(TRITON_DTYPES)

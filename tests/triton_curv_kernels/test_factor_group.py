@@ -43,7 +43,7 @@ def integers(shape: tuple[int, ...]) -> Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(sum(shape))).float()
 
 
-def lists(form: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Lists:
+def lists(form: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,), places: slice = slice(None)) -> Lists:
     """Factors ("dense", "packed" or "mixed"), rows and ones; a factor that is ignored holds NaN."""
     factors, rows, ones = [], [], []
     for place, shape in enumerate(SHAPES):
@@ -53,7 +53,7 @@ def lists(form: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> List
         half = integers((*shape[:-2], size, size))
         factor = poisoned(half.shape) if BETAS[place] == 0 else half + half.mT
         factors.append(from_dense(factor) if form == "packed" or (form == "mixed" and place % 2) else factor)
-    return factors, rows, ones
+    return factors[places], rows[places], ones[places]
 
 
 def dense(factor: Tensor, rows: Tensor) -> Tensor:
@@ -70,7 +70,9 @@ def expected(factor: Tensor, rows: Tensor, alpha: float, beta: float, ones: bool
 
 
 def launching(config: GroupConfig | None) -> Any:
-    def launch(factors: Any, rows: Any, alphas: Any, betas: Any, ones: Any, traces: Any = None, bad: Any = None) -> None:
+    def launch(
+        factors: Any, rows: Any, alphas: Any, betas: Any, ones: Any, traces: Any = None, bad: Any = None
+    ) -> None:
         alphas, betas = torch.tensor(alphas), torch.tensor(betas)
         launch_accumulate_factors_(factors, rows, alphas, betas, ones, traces, bad, config)
 
@@ -131,7 +133,7 @@ def test_counts_what_is_not_finite(accumulate: Any, form: str) -> None:
     ids=["transposed", "strided", "offset", "expanded"],
 )
 def test_launch_takes_any_strides(view: Any) -> None:
-    factors, rows, ones = (x[:6] for x in lists("mixed"))
+    factors, rows, ones = lists("mixed", places=slice(6))
     rows = [view(x) if x.numel() else x for x in rows]
     alphas, betas = ALPHAS[:6], BETAS[:6]
     targets = [expected(*each) for each in zip(factors, rows, alphas, betas, ones, strict=True)]
@@ -226,9 +228,8 @@ def step(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
 
 
 def arguments(device: str = "cpu") -> list[Tensor]:
-    return [torch.zeros(5, 5, device=device), torch.ones(packed_length(4), device=device)] + [
-        torch.arange(24.0, device=device).view(6, 4)
-    ]
+    factors = [torch.zeros(5, 5, device=device), torch.ones(packed_length(4), device=device)]
+    return [*factors, torch.arange(24.0, device=device).view(6, 4)]
 
 
 def test_graph_of_cuda_tensors_keeps_the_op_whole() -> None:

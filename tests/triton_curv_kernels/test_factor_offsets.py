@@ -17,15 +17,17 @@ from triton_curv_kernels.factor import FactorConfig, launch_accumulate_factor_
 from triton_curv_kernels.factor_group import launch_accumulate_factors_
 from triton_curv_kernels.factor_group_config import GroupConfig
 from triton_curv_kernels.factor_tiles import store_columns
-from triton_curv_kernels.symmetric import SymmetricConfig, launch_pack_symmetric, packed_offsets
+from triton_curv_kernels.packed import packed_length
+from triton_curv_kernels.symmetric import SymmetricConfig, launch_pack_symmetric
 
 pytestmark = pytest.mark.interpreter
+MAP_NORESERVE = 0x4000  # Linux's; Python 3.11 has no name for it
 FAR = 1 << 28  # 12 such steps leave 32 bits
 
 
 def reserved(numel: int, dtype: torch.dtype) -> Tensor:
     """Zeros that take no memory until they are written."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
 
 
@@ -94,7 +96,7 @@ def test_end_of_a_large_packed_factor(place: str) -> None:
     """The last tile of n = 100,000 in each part of the rectangle, 5 and 2.5 milliards of elements from its start."""
     n = 100_000
     half = n // 2
-    packed = reserved(packed_offsets([n])[-1], torch.float32)
+    packed = reserved(packed_length(n), torch.float32)
     i, j = n - 16, half - 16 if place == "first" else n - 32
     _store_kernel[(1,)](packed, i, j, n, 1.0)
     rectangle = packed.view(n + 1, half)

@@ -133,7 +133,7 @@ def test_whole_tiles_of_aligned_matrices(pack: Pack, unpack: Unpack) -> None:
 
 @pytest.mark.interpreter
 def test_list_takes_one_launch_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
+    launches: list[Any] = []
     monkeypatch.setattr(symmetric_file, "_list_kernel", _Counting(symmetric_file._list_kernel, launches))
     packed = launch_pack_symmetric([symmetric(n) for n in SIZES], torch.float32)
     launch_unpack_symmetric(packed, SIZES, torch.float32)
