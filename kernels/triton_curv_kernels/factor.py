@@ -12,7 +12,7 @@ The Triton path computes the lower triangle in square tiles and stores each tile
 owns the pairs (i, j), (j, i) of its tile, so the update is in place without a race, and a C that is bitwise symmetric
 stays so. Row and column of the ones are column sums of X, made by programs of their own. If the tiles are too few to
 fill the device, K is split: each program writes a partial tile to an fp32 workspace and a second kernel adds them in a
-fixed order, so that results do not vary from run to run. `accumulate_factors_` (factor_group.py) takes a list of layers.
+fixed order, so that results do not vary from run to run. `accumulate_factors_` (factor_group.py) takes a whole list.
 """
 
 import torch
