@@ -3,15 +3,22 @@
 from triton_curv_kernels.backend import BackendError, UnsupportedInputError
 from triton_curv_kernels.cg import cg_direction_, cg_update_
 from triton_curv_kernels.factor import accumulate_factor_
+from triton_curv_kernels.factor_group import accumulate_factors_
 from triton_curv_kernels.momentum import momentum_update_
 from triton_curv_kernels.neumann import neumann_update_
+from triton_curv_kernels.packed import from_dense, packed_offsets, to_dense
 from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric
 
 __all__ = [
     # factors
     "accumulate_factor_",
+    "accumulate_factors_",
+    # packed symmetric matrices: a list in one launch; one, dense and back
     "pack_symmetric",
     "unpack_symmetric",
+    "packed_offsets",
+    "from_dense",
+    "to_dense",
     # updates
     "momentum_update_",
     "neumann_update_",

@@ -1,7 +1,7 @@
 """`accumulate_factor_`: the Triton kernels in the interpreter and the CPU reference, against products in float64."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,16 @@ from tests.support.poison import poisoned, poisoned_allocations
 from triton_curv_kernels.backend import DeviceLimits, UnsupportedInputError
 from triton_curv_kernels.factor import (
     CONFIGS,
+    NUMERICS,
     FactorConfig,
     FactorProblem,
-    _tile_of,
     accumulate_factor_,
     default_config,
     launch_accumulate_factor_,
     prune,
 )
+from triton_curv_kernels.factor_config import InputPrecision
+from triton_curv_kernels.packed import from_dense, packed_length, tile_of, to_dense
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = FactorConfig(BLOCK_N=16, BLOCK_K=16, SPLIT_K=1, num_warps=1, num_stages=2)
@@ -56,13 +58,17 @@ def launching(config: FactorConfig) -> Accumulate:
     return partial(launch_accumulate_factor_, config=config)
 
 
-def check(accumulate: Accumulate, rows: Tensor, beta: float, ones: bool) -> None:
+def check(accumulate: Accumulate, rows: Tensor, beta: float, ones: bool, packed: bool = False) -> None:
     """Exactly the definition for integer rows, and bitwise symmetric; an ignored factor may hold NaN."""
     shape = (*rows.shape[:-2], rows.shape[-1] + ones)
     factor = poisoned((*shape, shape[-1])) if beta == 0 else symmetric(shape)
     target = expected(factor, rows, 0.5, beta, ones)
+    if packed:
+        factor = from_dense(factor)
     with poisoned_allocations():
         accumulate(factor, rows, 0.5, beta, ones)
+    if packed:
+        factor = to_dense(factor)
     torch.testing.assert_close(factor.double(), target, rtol=0, atol=0)
     assert torch.equal(factor, factor.mT)
 
@@ -74,6 +80,32 @@ def check(accumulate: Accumulate, rows: Tensor, beta: float, ones: bool) -> None
 def test_launch_is_exact(shape: tuple[int, ...], ones: bool, config: FactorConfig) -> None:
     for beta, dtype in ((0.0, torch.float32), (0.25, torch.bfloat16)):
         check(launching(config), integers(shape, dtype), beta, ones)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["one pass", "split"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_launch_of_a_packed_factor_is_exact(shape: tuple[int, ...], config: FactorConfig) -> None:
+    for beta, ones in ((0.0, True), (0.25, False), (1.0, True)):
+        check(launching(config), integers(shape), beta, ones, packed=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "bf16x6"])
+def test_launch_takes_every_precision(precision: InputPrecision) -> None:
+    check(launching(replace(SPLIT, input_precision=precision)), integers((33, 20)), 0.25, ones=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_second_launch_equals_the_first(packed: bool) -> None:
+    rows = torch.randn(100, 37, generator=torch.Generator().manual_seed(0))
+    results = []
+    for _ in range(2):
+        factor = poisoned((packed_length(38),) if packed else (38, 38))
+        launch_accumulate_factor_(factor, rows, 0.7, 0.0, ones=True, config=SPLIT)
+        results.append(factor)
+    assert torch.equal(*results)
 
 
 @pytest.mark.interpreter
@@ -126,8 +158,8 @@ def test_launch_writes_the_view_and_nothing_else(config: FactorConfig) -> None:
 def test_launch_stores_large_tiles_whole(block: int) -> None:
     """Tiles of 64 and 128 are stored in parts of 32 columns."""
     rows = integers((20, 150), torch.bfloat16)
-    for beta in (0.0, 0.25):
-        check(launching(FactorConfig(block, 32)), rows, beta, ones=True)
+    for beta, packed in ((0.0, False), (0.25, False), (0.25, True)):
+        check(launching(FactorConfig(block, 32)), rows, beta, True, packed)
 
 
 @pytest.mark.interpreter
@@ -141,7 +173,7 @@ def test_launch_by_default_splits_a_long_k() -> None:
 @triton.jit  # type: ignore[untyped-decorator]  # Triton is untyped
 def _tiles_kernel(FIRST: Any, TILES: Any, OUT: Any, N: tl.constexpr) -> None:
     p = tl.load(FIRST) + tl.arange(0, N)
-    row, column = _tile_of(p, tl.load(TILES))
+    row, column = tile_of(p, tl.load(TILES))
     tl.store(OUT + tl.arange(0, N), row)
     tl.store(OUT + N + tl.arange(0, N), column)
 
@@ -178,7 +210,14 @@ def test_reference_is_exact(shape: tuple[int, ...], ones: bool, beta: float, dty
         accumulate_factor_(wide, *args)
         factor.copy_(wide)
 
-    check(accumulate, integers(shape, dtype), beta, ones)
+    for packed in (False, True):
+        check(accumulate, integers(shape, dtype), beta, ones, packed)
+
+
+@pytest.mark.parametrize("n", [384, 385, 449])  # whole panels of 64 in each triangle, odd, a rest
+def test_packed_reference_by_panels_is_exact(n: int) -> None:
+    for beta in (0.0, 0.25):
+        check(accumulate_factor_, integers((70, n)), beta, ones=False, packed=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -201,6 +240,8 @@ def test_no_gradient_flows() -> None:
         ((6, 6), (5, 4), True),
         ((2, 4, 4), (5, 4), False),
         ((4,), (4,), False),
+        ((9,), (5, 4), False),
+        ((10,), (2, 5, 4), False),
     ],
     ids=str,
 )
@@ -218,6 +259,15 @@ def test_dtypes_that_triton_does_not_take_are_named(factor: torch.dtype, rows: t
         launch_accumulate_factor_(torch.zeros(4, 4, dtype=factor), torch.zeros(5, 4, dtype=rows))
 
 
+def test_packed_factor_with_gaps_is_named() -> None:
+    with pytest.raises(UnsupportedInputError, match="without gaps, got strides"):
+        accumulate_factor_(torch.zeros(20)[::2], torch.zeros(5, 4))
+
+
+def test_numerics_are_fields() -> None:
+    assert set(NUMERICS) <= {field.name for field in fields(FactorConfig)}
+
+
 def test_config_goes_through_integers() -> None:
     for config in CONFIGS:
         assert FactorConfig.from_ints(config.to_ints()) == config
@@ -232,6 +282,7 @@ HIP = DeviceLimits("hip", 304, 64 * 1024)
     [
         (replace(PROBLEM, limits=HIP), FactorConfig(128, 64, num_stages=3)),  # 96 KiB
         (PROBLEM, FactorConfig(128, 64, input_precision="tf32x3")),  # the same kernel as "ieee"
+        (replace(PROBLEM, dtype=torch.float32), FactorConfig(128, 32, input_precision="bf16x6")),
         (replace(PROBLEM, dtype=torch.float32, limits=HIP), FactorConfig(64, 32, input_precision="tf32x3")),
         (replace(PROBLEM, dtype=torch.float32), FactorConfig(64, 64)),
         (replace(PROBLEM, n=33), FactorConfig(128, 64)),

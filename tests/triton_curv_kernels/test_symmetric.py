@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from scipy.linalg import lapack  # type: ignore[import-untyped]  # scipy has no 
 from torch import Tensor
 
 from tests.support.poison import poisoned_allocations
+from triton_curv_kernels import symmetric as symmetric_file
 from triton_curv_kernels.backend import UnsupportedInputError
+from triton_curv_kernels.packed import from_dense, packed_diagonal, packed_length, packed_size, to_dense
 from triton_curv_kernels.symmetric import (
     CONFIGS,
     SymmetricConfig,
@@ -103,6 +106,75 @@ def test_scale_is_applied_in_fp32(pack: Pack, unpack: Unpack) -> None:
 
 
 @both
+def test_scale_may_lie_on_the_device(pack: Pack, unpack: Unpack) -> None:
+    matrices = [symmetric(n) for n in SIZES]
+    packed = pack(matrices, torch.float32, torch.tensor(0.5))
+    assert torch.equal(packed, pack(matrices, torch.float32, 0.5))
+    for result, matrix in zip(unpack(packed, SIZES, torch.float32, torch.tensor(2.0)), matrices, strict=True):
+        assert torch.equal(result, matrix)
+
+
+@both
+def test_a_list_may_mix_dtypes(pack: Pack, unpack: Unpack) -> None:
+    matrices = [symmetric(n, DTYPES[n % 3]) for n in SIZES]
+    assert torch.equal(pack(matrices, torch.float32), pack([m.float() for m in matrices], torch.float32))
+
+
+@both
+def test_whole_tiles_of_aligned_matrices(pack: Pack, unpack: Unpack) -> None:
+    """Their rows begin at multiples of 16 bytes: copied in vectors, in both parts of the rectangle."""
+    sizes = [96, 128]
+    matrices = [symmetric(n, torch.bfloat16) for n in sizes]
+    packed = pack(matrices, torch.bfloat16)
+    assert torch.equal(packed, torch.cat([lapack_packed(m) for m in matrices]).bfloat16())
+    for result, matrix in zip(unpack(packed, sizes, torch.bfloat16), matrices, strict=True):
+        assert torch.equal(result, matrix)
+
+
+@pytest.mark.interpreter
+def test_list_takes_one_launch_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[Any] = []
+    monkeypatch.setattr(symmetric_file, "_list_kernel", _Counting(symmetric_file._list_kernel, launches))
+    packed = launch_pack_symmetric([symmetric(n) for n in SIZES], torch.float32)
+    launch_unpack_symmetric(packed, SIZES, torch.float32)
+    assert len(launches) == 2
+    launch_pack_symmetric([symmetric(n, DTYPES[n % 3]) for n in SIZES], torch.float32)
+    assert len(launches) == 2 + 3
+
+
+class _Counting:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 6), (7,), (3, 8)], ids=str)
+def test_dense_and_back(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(*shape, shape[-1], generator=torch.Generator().manual_seed(0))
+    matrix = matrix + matrix.mT
+    packed = from_dense(matrix)
+    assert packed.shape == (*shape[:-1], packed_length(shape[-1]))
+    assert torch.equal(to_dense(packed), matrix)
+    diagonal = torch.cat(packed_diagonal(packed, shape[-1]), -1)
+    assert torch.equal(diagonal, matrix.diagonal(0, -2, -1))
+    if len(shape) == 1:
+        assert torch.equal(packed.double(), lapack_packed(matrix))
+
+
+def test_length_without_a_size_is_named() -> None:
+    assert [packed_size(packed_length(n)) for n in (0, 1, 2, 100_000)] == [0, 1, 2, 100_000]
+    with pytest.raises(UnsupportedInputError, match="got 5"):
+        to_dense(torch.zeros(5))
+    with pytest.raises(UnsupportedInputError, match=r"expected square .* got \(2, 3\)"):
+        from_dense(torch.zeros(2, 3))
+
+
+@both
 def test_unpacked_is_bitwise_symmetric(pack: Pack, unpack: Unpack) -> None:
     packed = torch.randn(packed_offsets(SIZES)[-1], generator=torch.Generator().manual_seed(0))
     for result in unpack(packed, SIZES, torch.bfloat16, 1 / 3):
@@ -127,6 +199,8 @@ def test_bad_input_is_named() -> None:
             pack([square, square[:2]], torch.float32)
     with pytest.raises(UnsupportedInputError, match="at least one matrix"):
         pack_symmetric([], torch.float32)
+    with pytest.raises(UnsupportedInputError, match=r"0-dim tensor as scale, got \(3,\)"):
+        pack_symmetric([square], torch.float32, torch.ones(3))
     with pytest.raises(UnsupportedInputError, match=r"expected dtypes .* got torch\.float64"):
         launch_pack_symmetric([square.double()], torch.float32)
     for unpack in (unpack_symmetric, launch_unpack_symmetric):
