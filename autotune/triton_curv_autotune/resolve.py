@@ -31,6 +31,7 @@ from triton_curv_autotune.registry import Op, get_op
 from triton_curv_autotune.store import Store, default_store
 from triton_curv_autotune.table import Table, shipped_entries, shipped_tables
 from triton_curv_kernels.backend import DeviceLimits
+from triton_curv_kernels.choice import set_chooser
 
 Config = Any
 """A kernel's own frozen config dataclass; this package only carries it."""
@@ -241,6 +242,11 @@ def _choice(known: _Known, config: Config) -> Choice:
     ms = None if chosen is None else chosen.ms
     gain = None if chosen is None or default is None else default.ratio / chosen.ratio
     return Choice(entry.op.name, config, known.source, entry.problem, ms, gain, entry.provenance)
+
+
+def install() -> None:
+    """Let kernels ask this process' resolver where their caller names no config."""
+    set_chooser(resolve, state_digest)
 
 
 process = Resolver()

@@ -94,7 +94,7 @@ def tune(
     bench = bench or GpuBench(torch.device("cuda"))
     store = store or default_store()
     deadline = clock() + budget_s
-    waiting = deque(job for job in jobs if job.todo)
+    waiting = deque(job for job in jobs if job.todo or not job.entry.measurements)
     try:
         while waiting and (left := deadline - clock()) > 0:
             job = waiting.popleft()
@@ -119,7 +119,7 @@ def plan(problems: Problems, resolver: Resolver = process) -> list[Job]:
         bucket = op.bucket(problem)
         if (name, bucket) not in jobs:
             entry, seeds = _start(op, bucket, resolver)
-            known = {m.config for m in entry.measurements}
+            known = {op.default(bucket), *(m.config for m in entry.measurements)}
             todo = [config for config in op.candidates(bucket) if config not in known]
             jobs[name, bucket] = Job(op, bucket, entry, todo, seeds)
     return list(jobs.values())

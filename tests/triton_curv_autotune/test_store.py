@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import stat
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import light_processes
 from tests.support.store_race import SHARED, own_problem, published, race
 from tests.support.tuning import (
     FACTOR,
@@ -112,9 +112,7 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
 def test_eight_processes_lose_nothing_and_read_no_torn_file(memory_path: Path) -> None:
     for problem in SHARED:
         Store(memory_path).write(published(problem, 0, 0))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.store_race"])
-    with ProcessPoolExecutor(8, mp_context=context) as pool:
+    with ProcessPoolExecutor(8, mp_context=light_processes()) as pool:
         faults = list(pool.map(race, [str(memory_path)] * 8, range(8), [1000] * 8))
     assert faults == [0] * 8
     found = {e.problem for e in Store(memory_path).entries(environment(FAKE))}
@@ -213,9 +211,8 @@ def test_500_damaged_files_are_misses(tmp_path: Path) -> None:
         Store(root).write(entry())
         assert source(root) == "store"
     # another time, reason or day may be as good as the one that was there
-    print(used)
     assert set(used) <= {"changed_value"}, used
-    assert used.get("changed_value", 0) < 60
+    assert used.get("changed_value", 0) < 30
 
 
 def test_a_good_file_that_replaced_a_bad_one_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
