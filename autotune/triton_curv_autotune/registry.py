@@ -39,6 +39,8 @@ class Op(Generic[P, C]):
         make_inputs: (problem, device) -> the op's arguments, seeded; called again, it gives the same.
         launch: runs the kernels on such arguments with a config; returns the tensors that hold the results.
         reference: the same in plain torch, on arguments of any floating dtype.
+        describe: the problems that a call of the op with these arguments asks for, whatever the tensors' device.
+        examples: problems to tune where nobody says which, on the default device.
 
     """
 
@@ -54,6 +56,8 @@ class Op(Generic[P, C]):
     make_inputs: Callable[[P, torch.device], Inputs]
     launch: Callable[[Inputs, C], list[Tensor]]
     reference: Callable[[Inputs], list[Tensor]]
+    describe: Callable[[Inputs], list[P]]
+    examples: tuple[P, ...]
     _fitting: dict[P, dict[C, None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -18,6 +18,7 @@ from triton_curv_autotune.entry import Entry, from_bytes
 from triton_curv_autotune.errors import InvalidEntryError
 from triton_curv_autotune.key import SCHEMA, Environment, encode, file_of, folder_of
 from triton_curv_autotune.registry import get_op, op_names
+from triton_curv_autotune.validate import decode, member, parse
 
 DIRECTORY_VARIABLE = "TRITON_CURV_CACHE_DIR"
 PATH_VARIABLE = "TRITON_CURV_CACHE_PATH"
@@ -98,6 +99,18 @@ class Store:
                     folder.rmdir()
                     folder.parent.rmdir()
         return removed
+
+    def environments(self) -> list[Environment]:
+        """Environments of the entries that `root` and `extra` hold, as their files say."""
+        found: dict[Environment, None] = {}
+        for top in (self.root, *self.extra):
+            for folder in sorted(top.glob(f"v{SCHEMA}/*")):
+                for path in sorted(folder.glob("*/*.json")):
+                    with contextlib.suppress(OSError, InvalidEntryError):
+                        stated = decode(Environment, member(parse(read_regular(path)), "environment", dict))
+                        found[stated] = None
+                        break
+        return list(found)
 
     def folders(self) -> Iterator[Path]:
         """Folders of ops, of all environments and sources that `root` holds."""

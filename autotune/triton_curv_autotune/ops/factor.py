@@ -1,6 +1,7 @@
 """Factors: `accumulate_factor_`."""
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ def reference(inputs: Inputs) -> list[Tensor]:
     return [inputs[0]]
 
 
+def describe(inputs: Inputs) -> list[FactorProblem]:
+    """The one problem of a call."""
+    return [FactorProblem.of(inputs[1], inputs[4] if len(inputs) > 4 else False)]
+
+
+EXAMPLES = tuple(
+    FactorProblem(1, k, n, dtype)
+    for dtype, k, n in product(
+        (torch.bfloat16, torch.float32), (1 << 11, 1 << 15), (64, 256, 576, 768, 1024, 2304, 3072, 4608)
+    )
+)
+
 ACCUMULATE_FACTOR = register(
     Op(
         name="accumulate_factor_",
@@ -59,5 +72,7 @@ ACCUMULATE_FACTOR = register(
         make_inputs=make_inputs,
         launch=launch,
         reference=reference,
+        describe=describe,
+        examples=EXAMPLES,
     )
 )

@@ -61,6 +61,14 @@ def _results(call: Callable[..., None], changed: Sequence[int]) -> Callable[...,
     return run
 
 
+def describe(inputs: Inputs) -> list[ListProblem]:
+    """One problem a tensor, since each is a launch."""
+    return [ListProblem.of([tensor]) for tensor in inputs[0] if tensor.numel() > 0]
+
+
+EXAMPLES = tuple(ListProblem(1 << exponent, torch.float32) for exponent in (12, 16, 20, 24))
+
+
 def _of_numel(choose: Callable[[int], C]) -> Callable[[ListProblem], C]:
     return lambda problem: choose(problem.numel)
 
@@ -95,6 +103,8 @@ def _declare(
             make_inputs=make_inputs,
             launch=_results(launch, changed),
             reference=_results(reference, changed),
+            describe=describe,
+            examples=EXAMPLES,
         )
     )
 
