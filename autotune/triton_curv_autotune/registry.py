@@ -21,6 +21,10 @@ Inputs = tuple[Any, ...]
 """Arguments of an op: tensors, lists of tensors, numbers."""
 
 
+KEPT = 256
+"""Problems whose candidates an op keeps."""
+
+
 @dataclass(frozen=True)
 class Op(Generic[P, C]):
     """All that choosing and tuning need to know of an op.
@@ -78,6 +82,8 @@ class Op(Generic[P, C]):
         found = self._fitting.get(problem)
         if found is None:
             found = dict.fromkeys([self.default(problem), *self.prune(self.configs, problem)])
+            if len(self._fitting) >= KEPT:
+                self._fitting.clear()
             self._fitting[problem] = found
         return found
 

@@ -73,9 +73,11 @@ class Resolver:
         self,
         store: Callable[[], Store] = default_store,
         shipped: Callable[[], Sequence[Table]] = shipped_tables,
+        devices: Callable[[], Sequence[DeviceLimits]] = local_devices,
     ) -> None:
         self._make_store = store
         self._make_shipped = shipped
+        self._find_devices = devices
         self._lock = threading.RLock()
         self._choices: tuple[dict[Any, Choice], dict[Any, Choice]] = ({}, {})  # deterministic: the second
         self._overrides: dict[str, Config] = {}
@@ -211,7 +213,7 @@ class Resolver:
     def state_digest(self) -> str:
         """Digest of everything that choices for this process' GPUs follow from: a part of compile caches' keys."""
         with self._lock:
-            known = [known for limits in local_devices() for known in self.table(limits).values()]
+            known = [known for limits in self._find_devices() for known in self.table(limits).values()]
             entries = sorted(digest([k.source, k.entry.to_json()]) for k in known)
             explicit = sorted(repr(item) for item in (*self._overrides.items(), *self._learned.items()))
             return digest([entries, explicit])[:16] if entries or explicit else ""

@@ -54,18 +54,23 @@ def show_entries(rows: Sequence[Row], as_json: bool, left: int = 0) -> None:
     if as_json:
         print_json({"entries": [_row(source, entry) for source, entry in rows], "candidates_left": left})
         return
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("device", "op", "problem", "config", "source", "ms", "gain"):
-        grid.add_column(column, justify="right" if column in ("ms", "gain") else "left", overflow="fold")
+    for device in dict.fromkeys(entry.environment.device for _, entry in rows):
+        mine = [row for row in rows if row[1].environment.device == device]
+        Console(highlight=False).print(_grid(device, mine))
+    print(f"{len(rows)} entries" + (f", {left} candidates not measured yet" if left else ""))
+
+
+def _grid(device: str, rows: Sequence[Row]) -> Grid:
+    grid = Grid(title=device, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("op", "problem", "config", "source", "ms", "gain"):
+        grid.add_column(column, justify="right" if column in ("ms", "gain") else "left", no_wrap=column == "op")
     for source, entry in rows:
         row = _row(source, entry)
         config = " ".join(f"{name}={value}" for name, value in row["config"].items())
         ms = "-" if row["ms"] is None else f"{row['ms']:.4g}"
         gain = "-" if row["gain"] is None else f"x{row['gain']:.3f}"
-        grid.add_row(row["device"], row["op"], describe_problem(entry.problem), config, source, ms, gain)
-    console = Console(highlight=False)
-    console.print(grid)
-    console.print(f"{len(rows)} entries" + (f", {left} candidates not measured yet" if left else ""))
+        grid.add_row(row["op"], describe_problem(entry.problem), config, source, ms, gain)
+    return grid
 
 
 def _row(source: str, entry: Entry) -> dict[str, Any]:
