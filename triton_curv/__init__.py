@@ -14,8 +14,11 @@ from triton_curv.optimizers.neumann import Neumann
 from triton_curv.optimizers.neumann_inner import NeumannInner
 from triton_curv.optimizers.newton_cg import NewtonCG
 from triton_curv.optimizers.sgn import SGN
+from triton_curv_autotune import install as _install_chooser
 
 __version__ = "0.1.0"
+
+_install_chooser()  # kernels ask the tuner's tables: a function is set, nothing is read
 
 __all__ = [
     # optimizers

@@ -58,12 +58,15 @@ def wrap_triton(kernel: Callable[..., Any]) -> Any:
 class DeviceLimits:
     """What a kernel's configuration depends on.
 
-    `shared_memory`: bytes a program may use; `multiprocessors`: programs that run at a time, at least.
+    `shared_memory`: bytes a program may use; `multiprocessors`: programs that run at a time, at least. `name` is the
+    driver's ("" for no device) and `arch` "sm_90" or "gfx942", say: devices with equal limits differ in speed.
     """
 
     platform: Literal["cuda", "hip"] = "cuda"
     multiprocessors: int = 132
     shared_memory: int = 227 * 1024
+    name: str = ""
+    arch: str = ""
 
 
 NO_DEVICE = DeviceLimits()  # those of an H100: what tracing and offline compilation assume
@@ -75,7 +78,10 @@ def device_limits(device: torch.device) -> DeviceLimits:
     if device.type != "cuda" or not torch.cuda.is_available():
         return NO_DEVICE
     properties = torch.cuda.get_device_properties(device)
+    name, multiprocessors = properties.name, properties.multi_processor_count
     if torch.version.hip is not None:
-        return DeviceLimits("hip", properties.multi_processor_count, 64 * 1024)
+        arch = str(properties.gcnArchName).partition(":")[0]
+        return DeviceLimits("hip", multiprocessors, 64 * 1024, name, arch)
     shared_memory = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in torch's stub
-    return DeviceLimits("cuda", properties.multi_processor_count, shared_memory)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return DeviceLimits("cuda", multiprocessors, shared_memory, name, arch)

@@ -23,6 +23,7 @@ from torch.library import triton_op
 from triton.runtime.interpreter import InterpretedFunction
 
 from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.choice import choose, tables_key
 from triton_curv_kernels.factor_config import (
     CONFIGS,
     NUMERICS,
@@ -199,7 +200,7 @@ def launch_accumulate_factor_(
     if factor.numel() == 0:
         return
     problem = FactorProblem.of(rows, ones)
-    config = config or default_config(problem)
+    config = config or choose("accumulate_factor_", problem, default_config)
     k, n, batch, block = problem.k, problem.n, problem.batch, config.BLOCK_N
     tiles = triton.cdiv(n, block)
     programs = batch * (tiles * (tiles + 1) // 2 + (max(tiles, 1) if ones else 0))
@@ -255,6 +256,7 @@ def _accumulate_factor_op(
     beta: float = 1.0,
     ones: bool = False,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> None:
     if use_reference(factor) or not supports(factor, rows):
         check_shapes(factor, rows, ones)
@@ -281,7 +283,7 @@ def accumulate_factor_(
         alpha: scale of the product.
         beta: scale of what is there; 0 ignores it, NaN included.
         ones: take one more column into account, of ones: the input that belongs to a bias.
-        config: tiling of the Triton kernel; None means `default_config`.
+        config: tiling of the Triton kernel; None means the tuner's choice, `default_config` without one.
 
     No gradient flows through it. Source: factors A and G of arXiv 1811.12019 section 3.
 
@@ -295,4 +297,4 @@ def accumulate_factor_(
         accumulate_factor_reference(factor, rows, alpha, beta, ones)
     else:
         ints = None if config is None else config.to_ints()
-        torch.ops.triton_curv.accumulate_factor_(factor, rows, alpha, beta, ones, ints)
+        torch.ops.triton_curv.accumulate_factor_(factor, rows, alpha, beta, ones, ints, tables_key())

@@ -1,4 +1,4 @@
-"""The command line: ``triton-curv train | compare | scenarios``."""
+"""The command line: ``triton-curv train | compare | scenarios | tune``."""
 
 from __future__ import annotations
 

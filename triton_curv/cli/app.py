@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from triton_curv.cli.tune import app as tune_app
+
 app = typer.Typer(
     name="triton-curv",
     help="Train with curvature: K-FAC, Neumann, Newton-CG and SGN beside SGD and AdamW, on real data.",
@@ -14,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.add_typer(tune_app, name="tune")
 
 OPTIMIZER_NAMES = "sgd, adamw, neumann, kfac, newton-cg, sgn or neumann-inner."
 ScenarioName = Annotated[

@@ -1,0 +1,159 @@
+"""Updates of lists of tensors: `momentum_update_`, `neumann_update_`, `cg_update_`, `cg_direction_`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from triton_curv_autotune.registry import Inputs, Op, power_of_two, register
+from triton_curv_kernels import cg, momentum, neumann
+from triton_curv_kernels.choice import ListProblem
+
+C = TypeVar("C")
+
+
+def bucket(problem: ListProblem) -> ListProblem:
+    """Elements down to a power of two."""
+    return replace(problem, numel=power_of_two(problem.numel))
+
+
+def _tensors(problem: ListProblem, device: torch.device, kinds: str) -> list[list[Tensor]]:
+    """One list of one tensor for each letter: "p" of the problem's dtype, "m" fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtypes = {"p": problem.dtype, "m": torch.float32}
+    return [[torch.randn(problem.numel, device=device, generator=generator).to(dtypes[kind])] for kind in kinds]
+
+
+def momentum_inputs(problem: ListProblem, device: torch.device) -> Inputs:
+    """(params, momentum_buffers, updates, scales, hyper)."""
+    hyper = torch.tensor([0.1, 0.9, 1e-4, 1.0, 0.0], device=device)
+    return (*_tensors(problem, device, "pmp"), [torch.ones((), device=device)], hyper)
+
+
+def neumann_inputs(problem: ListProblem, device: torch.device) -> Inputs:
+    """(params, momentum_buffers, exp_avgs, grads, distance, hyper)."""
+    distance = torch.tensor(max(problem.numel, 1) ** 0.5, device=device)
+    hyper = torch.tensor([0.1, 0.9, 1e-7, 1e-5, 0.99], device=device)
+    return (*_tensors(problem, device, "pmmp"), distance, hyper)
+
+
+def cg_update_inputs(problem: ListProblem, device: torch.device) -> Inputs:
+    """(solution, residual, direction, product, step, square)."""
+    return (*_tensors(problem, device, "mmmm"), torch.tensor(0.1, device=device), torch.zeros((), device=device))
+
+
+def cg_direction_inputs(problem: ListProblem, device: torch.device) -> Inputs:
+    """(direction, residual, beta)."""
+    return (*_tensors(problem, device, "mm"), torch.tensor(0.5, device=device))
+
+
+def _results(call: Callable[..., None], changed: Sequence[int]) -> Callable[..., list[Tensor]]:
+    """`call` as a function of its inputs that returns those it changes, in order."""
+
+    def run(inputs: Inputs, config: Any = None) -> list[Tensor]:
+        call(*inputs) if config is None else call(*inputs, config=config)
+        found = [inputs[place] for place in changed]
+        return [t for item in found for t in (item if isinstance(item, list) else [item])]
+
+    return run
+
+
+def describe(inputs: Inputs) -> list[ListProblem]:
+    """One problem a tensor, since each is a launch."""
+    return [ListProblem.of([tensor]) for tensor in inputs[0] if tensor.numel() > 0]
+
+
+EXAMPLES = tuple(ListProblem(1 << exponent, torch.float32) for exponent in (12, 16, 20, 24))
+
+
+def _of_numel(choose: Callable[[int], C]) -> Callable[[ListProblem], C]:
+    return lambda problem: choose(problem.numel)
+
+
+def _declare(
+    name: str,
+    module: ModuleType,
+    config: type[C],
+    configs: Sequence[C],
+    default: Callable[[int], C],
+    numerics: tuple[str, ...],
+    make_inputs: Callable[[ListProblem, torch.device], Inputs],
+    launch: Callable[..., None],
+    reference: Callable[..., None],
+    changed: Sequence[int],
+) -> Op[ListProblem, C]:
+    def prune(space: Sequence[C], problem: ListProblem) -> list[C]:
+        fitting: list[C] = module.prune(space, problem.numel)
+        return fitting
+
+    return register(
+        Op(
+            name=name,
+            problem=ListProblem,
+            config=config,
+            configs=configs,
+            prune=prune,
+            default=_of_numel(default),
+            bucket=bucket,
+            numerics=numerics,
+            modules=(module,),
+            make_inputs=make_inputs,
+            launch=_results(launch, changed),
+            reference=_results(reference, changed),
+            describe=describe,
+            examples=EXAMPLES,
+        )
+    )
+
+
+MOMENTUM_UPDATE = _declare(
+    "momentum_update_",
+    momentum,
+    momentum.MomentumConfig,
+    momentum.CONFIGS,
+    momentum.default_config,
+    (),
+    momentum_inputs,
+    momentum.launch_momentum_update_,
+    momentum.momentum_update_reference,
+    changed=(0, 1),
+)
+NEUMANN_UPDATE = _declare(
+    "neumann_update_",
+    neumann,
+    neumann.NeumannConfig,
+    neumann.CONFIGS,
+    lambda numel: neumann.NeumannConfig(),
+    ("BLOCK", "num_warps"),  # the distance is summed in an order that follows from them
+    neumann_inputs,
+    neumann.launch_neumann_update_,
+    neumann.neumann_update_reference,
+    changed=(0, 1, 2, 4),
+)
+CG_UPDATE = _declare(
+    "cg_update_",
+    cg,
+    cg.CGConfig,
+    cg.CONFIGS,
+    lambda numel: cg.DEFAULT_CONFIG,
+    ("block", "num_warps"),  # as above, the residual's square
+    cg_update_inputs,
+    cg.launch_cg_update,
+    cg.cg_update_reference,
+    changed=(0, 1, 5),
+)
+CG_DIRECTION = _declare(
+    "cg_direction_",
+    cg,
+    cg.CGConfig,
+    cg.CONFIGS,
+    lambda numel: cg.DEFAULT_CONFIG,
+    (),
+    cg_direction_inputs,
+    cg.launch_cg_direction,
+    cg.cg_direction_reference,
+    changed=(0,),
+)

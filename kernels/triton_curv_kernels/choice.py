@@ -1,0 +1,80 @@
+"""Which configuration a launcher takes where its caller names none: the op's analytic default, or a chooser's answer.
+
+A launcher asks `config or choose("accumulate_factor_", problem, default_config)`. The tuner's package installs
+the chooser, so that kernels import nothing of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, device_limits
+
+Problem = TypeVar("Problem")
+Config = TypeVar("Config")
+
+Chooser = Callable[[str, Any], Any]
+"""(op, problem) -> config; a look-up, whatever runs around it: tracing, or the capture of a CUDA graph."""
+
+_chooser: Chooser | None = None
+_tables: Callable[[], str] | None = None
+
+
+@dataclass(frozen=True)
+class ListProblem:
+    """What the best configuration of an elementwise op over tensors depends on.
+
+    `numel`: elements of one launch; `dtype`: of the parameters (their buffers are fp32).
+    """
+
+    numel: int
+    dtype: torch.dtype
+    limits: DeviceLimits = NO_DEVICE
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "ListProblem":
+        """Describe a launch over all of `tensors`, one at least."""
+        return cls(sum(t.numel() for t in tensors), tensors[0].dtype, device_limits(tensors[0].device))
+
+
+def set_chooser(chooser: Chooser | None, tables: Callable[[], str] | None = None) -> None:
+    """Let `chooser` decide from now on, None: the analytic defaults. `tables` names the state of what it knows."""
+    global _chooser, _tables
+    _chooser, _tables = chooser, tables
+
+
+def choose(op: str, problem: Problem, default: Callable[[Problem], Config]) -> Config:
+    """The configuration for `op` on `problem`, a frozen dataclass.
+
+    Sizes that torch.compile keeps symbolic count as those it traces with: no guard, the choice is about speed alone.
+    """
+    if _chooser is None:
+        return default(problem)
+    try:
+        hash(problem)
+    except TypeError:
+        problem = _with_hints(problem)
+    return _chooser(op, problem)  # type: ignore[no-any-return]  # the op's own kind of config
+
+
+def _with_hints(problem: Problem) -> Problem:
+    symbolic = {f.name: v for f in fields(problem) if isinstance(v := getattr(problem, f.name), torch.SymInt)}  # type: ignore[arg-type]  # a dataclass
+    hints = {name: int(v) if v.node.hint is None else v.node.hint for name, v in symbolic.items()}
+    return replace(problem, **hints)  # type: ignore[type-var]  # as above
+
+
+def tables_key() -> str:
+    """What the chooser knows, as a constant of the graph while torch.compile traces, else "".
+
+    Compiled graphs hold the configurations that were chosen, but torch looks for them in its caches before any op
+    chooses. A public function hands this to its op, whose body ignores it: so it is a part of the caches' keys.
+    """
+    return _constant_tables_key() if torch.compiler.is_compiling() else ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+def _constant_tables_key() -> str:
+    return "" if _tables is None else _tables()

@@ -1,0 +1,50 @@
+"""Processes that start quickly: forked from a server that has imported torch and our packages, and nothing else."""
+
+import multiprocessing
+import socket
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+PRELOADED = ["tests.support.processes", "tests.support.store_race", "triton_curv_autotune.agree", "torch.distributed"]
+
+
+def light_processes() -> ForkServerContext:
+    """The context; the server starts once a test run, with all modules that any test wants in it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def on_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+    """`work(rank, *arguments)` in a gloo group of `world` processes: what each rank returned or raised, as text."""
+    context = light_processes()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    processes = [
+        context.Process(target=_run, args=(rank, world, port, pipes[rank][1], work, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return [pipe.recv() if pipe.poll(timeout_s) else "no answer" for pipe, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+def _run(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        result = work(rank, *arguments)
+    except BaseException as error:
+        result = f"{type(error).__name__}: {error}"
+    pipe.send(result)
+    dist.barrier()  # the store lives in rank 0's process
+    dist.destroy_process_group()
