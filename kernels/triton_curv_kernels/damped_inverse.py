@@ -128,12 +128,13 @@ def _iterate(
     matrices, tiles, triangle, panels = make_work(shapes, places, block_n, block_m, device)
     inverse, damped = (torch.zeros(length, dtype=torch.float32, device=device) for _ in range(2))
     left, correction = (torch.empty(length, dtype=torch.float32, device=device) for _ in range(2))
-    inside = [bank.view(inverse)[:, : bank.n, : bank.n] for bank in banks]
-    for bank, x, source, factor, place in zip(banks, inside, inverses, factors, places, strict=True):
-        x.copy_(source).add_(source.mT).mul_(0.5)
-        a = bank.view(damped)[:, : bank.n, : bank.n]
-        a.copy_(factor)
-        a.diagonal(dim1=-2, dim2=-1).add_(shifts[place : place + bank.batch, None])
+    inside, damped_inside = ([bank.view(memory) for bank in banks] for memory in (inverse, damped))
+    torch._foreach_copy_(inside, inverses)
+    torch._foreach_add_(inside, [x.mT for x in inverses])
+    torch._foreach_mul_(inside, 0.5)
+    torch._foreach_copy_(damped_inside, factors)
+    for a, place in zip(damped_inside, places, strict=True):
+        a.diagonal(dim1=-2, dim2=-1).add_(shifts.narrow(0, place, len(a)).unsqueeze(1))
 
     count = len(matrices)
     modes = torch.empty(count, dtype=torch.int32, device=device)
@@ -174,8 +175,7 @@ def _iterate(
             *control, inverse, left, correction, **products, ORDER=order, PRECISION=config.input_precision
         )
     measure(last=True)
-    for out, x in zip(inverses, inside, strict=True):
-        out.copy_(x)
+    torch._foreach_copy_(inverses, inside)
 
 
 def _check(

@@ -103,4 +103,4 @@ def default_config(problem: DampedInverseProblem) -> DampedInverseConfig:
     if problem.n <= SMALL:
         return DampedInverseConfig(16, 16, 16, 1, 2 if cuda else 1, "ieee", residual)
     products: Precision = "tf32x3" if cuda else "ieee"
-    return DampedInverseConfig(64, 32, 16, 4, 2, products, residual)
+    return DampedInverseConfig(64, 32, 16, 8, 2, products, residual)

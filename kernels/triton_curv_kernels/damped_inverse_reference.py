@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 BOUND_SLACK = 1 + 1e-4  # on u: its rounding, and room between -1 and the least eigenvalue of R
 TOLERANCE = 4.0  # units in the last place of each column of I - A X that count as rounding
@@ -31,7 +33,7 @@ def _invert_bank(inverse: Tensor, factor: Tensor, shift: Tensor, iterations: int
     upper = rows.amax(-1) * BOUND_SLACK
     lower = torch.maximum(shift, (diagonal - (rows - diagonal.abs())).amin(-1))
     cold_scale, cold_delta = 2 / (lower + upper), 2 * lower / (lower + upper)
-    may_stop_early = factor.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_look = factor.device.type == "cpu" and not is_traced(factor)
 
     of_zero = n**0.5
     previous = torch.full_like(shift, of_zero)
@@ -48,7 +50,7 @@ def _invert_bank(inverse: Tensor, factor: Tensor, shift: Tensor, iterations: int
         stalled = (previous < 0.5) & (residual > previous / 2)
         diverged = ~warm & ~(residual <= 2 * of_zero)
         done = done | (~restart & (stalled | diverged | (residual <= TOLERANCE * torch.finfo(factor.dtype).eps * of_zero)))
-        if may_stop_early and bool(done.all()):
+        if may_look and bool(done.all()):
             break
         delta = torch.where(restart, cold_delta, torch.where(residual < 1, 1.0, delta))
         previous = torch.where(restart, of_zero, residual)
@@ -77,3 +79,8 @@ def _left_residual(x: Tensor, damped: Tensor, identity: Tensor) -> Tensor:
     """I - X A, the transpose of R, added up in fp64: rounding there decides how well X can get (`_residual_kernel`)."""
     wide = torch.baddbmm(identity.double(), x.double(), damped.double(), alpha=-1)
     return wide.to(x.dtype)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether `tensor` belongs to a trace: it has no values and no address."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor | FunctionalTensor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+DTYPES = {4: torch.int32, 8: torch.int64}
 GROUP = 8  # rows of tiles whose programs follow each other, so that they share columns in the L2 cache
 
 
@@ -21,9 +22,9 @@ class Bank(NamedTuple):
     offset: int
 
     def view(self, workspace: Tensor) -> Tensor:
-        """The bank's (batch, padded, padded)."""
-        size = self.batch * self.padded**2
-        return workspace[self.offset : self.offset + size].view(self.batch, self.padded, self.padded)
+        """The matrices in a workspace, without their padding."""
+        strides = (self.padded**2, self.padded, 1)
+        return workspace.as_strided((self.batch, self.n, self.n), strides, self.offset)
 
 
 class Work(NamedTuple):
@@ -57,7 +58,7 @@ def make_work(
     """Tables for banks (batch, n) whose results begin at `places`; kept from call to call, but not while tracing."""
     key = (tuple(shapes), tuple(places), block_n, block_m)
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return Work(*(torch.tensor(table, device=device) for table in _tables(*key)))
+        return Work(*(torch.tensor(table.tolist(), dtype=DTYPES[table.dtype.itemsize], device=device) for table in _tables(*key)))
     return _cached(*key, device)
 
 
