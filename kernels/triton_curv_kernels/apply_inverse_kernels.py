@@ -20,38 +20,51 @@ _BLOCK_SMALL = tl.constexpr(_SMALL_BLOCK)
 
 
 @triton.jit
-def _at(base, where, FLAT: tl.constexpr):
-    """The pointer that a table's entry stands for: an element of `base`, or an address of its dtype."""
+def _at(base, matrix, COLUMN: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer that an entry of the table stands for: an element of `base`, or an address of its dtype."""
+    where = tl.load(matrix + COLUMN)
     if FLAT:
         pointer = base + where
     else:
         pointer = where.to(tl.pointer_type(base.dtype.element_ty))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def _size(matrix, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
+    """A size or a stride of rows, a multiple of ALIGNED elements, which is 16 bytes, or of none if that is 0."""
+    value = tl.load(matrix + COLUMN)
+    if ALIGNED:
+        value = tl.multiple_of(value, ALIGNED)
+    return value
 
 
 @triton.jit
 def _multiply(
     left,
     right,
+    matrix,
     i,
     j,
     rows,
     columns,
-    length,
-    stride_left,
-    stride_right,
+    LENGTH: tl.constexpr,
+    STRIDE_LEFT: tl.constexpr,
+    STRIDE_RIGHT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(left right^T)[i:, j:] of left (rows, length) and right (columns, length); aligned rows are read by vectors."""
-    if ALIGNED:
-        left = tl.multiple_of(left, 16)
-        right = tl.multiple_of(right, 16)
-        stride_left = tl.multiple_of(stride_left, 8)
-        stride_right = tl.multiple_of(stride_right, 8)
-        length = tl.multiple_of(length, 8)
+    """(left right^T)[i:, j:] of left (rows, length) and right (columns, length); aligned rows are read by vectors.
+
+    Length and strides are columns of the table.
+    """
+    length = _size(matrix, LENGTH, ALIGNED)
+    stride_left = _size(matrix, STRIDE_LEFT, ALIGNED)
+    stride_right = _size(matrix, STRIDE_RIGHT, ALIGNED)
     offs_i = i + tl.arange(0, BLOCK)
     offs_j = j + tl.arange(0, BLOCK)
     offs_k = tl.arange(0, BLOCK_K)
@@ -74,9 +87,9 @@ def _apply_small(matrix, updates, grads, inverse_G, first, count, sums, place, F
     lane = tl.arange(0, _BLOCK_SMALL)
     b = first + lane
     mask = lane < count
-    grad = _at(grads, tl.load(matrix), FLAT) + b * tl.load(matrix + 13)
-    inverse = _at(inverse_G, tl.load(matrix + 2), FLAT) + b * tl.load(matrix + 14)
-    update = _at(updates, tl.load(matrix + 3), FLAT) + b * tl.load(matrix + 15)
+    grad = _at(grads, matrix, 0, FLAT, 0) + b * tl.load(matrix + 13)
+    inverse = _at(inverse_G, matrix, 2, FLAT, 0) + b * tl.load(matrix + 14)
+    update = _at(updates, matrix, 3, FLAT, 0) + b * tl.load(matrix + 15)
     rows, columns = tl.load(matrix + 5).to(tl.int32), tl.load(matrix + 6).to(tl.int32)
     stride_d, stride_g, stride_p = tl.load(matrix + 7), tl.load(matrix + 9), tl.load(matrix + 10)
     product = tl.zeros((_BLOCK_SMALL,), dtype=tl.float32)
@@ -92,6 +105,39 @@ def _apply_small(matrix, updates, grads, inverse_G, first, count, sums, place, F
             tl.store(update + i * stride_p + j, value.to(updates.dtype.element_ty), mask=mask)
     tl.store(sums + place * 2, tl.sum(product))
     tl.store(sums + place * 2 + 1, tl.sum(square))
+
+
+@triton.jit
+def _store_transposed(matrix, transposed, value, i, j, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """T^T[i:, j:] = value."""
+    out = transposed + tl.multiple_of(tl.load(matrix + 4), 16)
+    rows = _size(matrix, 5, ALIGNED)
+    offs_i = i + tl.arange(0, BLOCK)
+    offs_j = j + tl.arange(0, BLOCK)
+    mask = (offs_i[:, None] < tl.load(matrix + 6)) & (offs_j[None, :] < rows)
+    tl.store(out + offs_i[:, None] * rows + offs_j[None, :], value.to(transposed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _transform_tile(
+    matrix,
+    grads,
+    inverse_A,
+    transposed,
+    i,
+    j,
+    FLAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(A^-1 D^T)[i:, j:]."""
+    left = _at(inverse_A, matrix, 1, FLAT, ALIGNED)
+    right = _at(grads, matrix, 0, FLAT, ALIGNED)
+    rows, columns = tl.load(matrix + 5), tl.load(matrix + 6)
+    acc = _multiply(left, right, matrix, i, j, columns, rows, 6, 8, 7, ALIGNED, BLOCK, BLOCK_K, PRECISION)
+    _store_transposed(matrix, transposed, acc, i, j, ALIGNED, BLOCK)
 
 
 @triton.jit
@@ -113,6 +159,7 @@ def first_kernel(
     PRECISION: tl.constexpr,
 ):
     """T^T = A^-1 D^T; of a single factor T^T = D^T, and small single factors are applied whole."""
+    VECTOR: tl.constexpr = 128 // grads.dtype.element_ty.primitive_bitwidth
     program = programs + tl.program_id(0) * 4
     matrix = matrices + tl.load(program) * 16
     i = tl.load(program + 1)
@@ -120,44 +167,53 @@ def first_kernel(
     kind = tl.load(matrix + 12)
     if kind == _SMALL:
         _apply_small(matrix, updates, grads, inverse_G, i, j, sums, tl.load(program + 3), FLAT)
+    elif kind == _PAIR:
+        if tl.load(matrix + 11) != 0:
+            _transform_tile(matrix, grads, inverse_A, transposed, i, j, FLAT, VECTOR, BLOCK, BLOCK_K, PRECISION)
+        else:
+            _transform_tile(matrix, grads, inverse_A, transposed, i, j, FLAT, 0, BLOCK, BLOCK_K, PRECISION)
     else:
-        grad = _at(grads, tl.load(matrix), FLAT)
-        out = transposed + tl.load(matrix + 4)
-        rows, columns = tl.load(matrix + 5), tl.load(matrix + 6)
-        stride_d = tl.load(matrix + 7)
+        rows, columns, stride_d = tl.load(matrix + 5), tl.load(matrix + 6), tl.load(matrix + 7)
         offs_i = i + tl.arange(0, BLOCK)
         offs_j = j + tl.arange(0, BLOCK)
-        mask = (offs_i[:, None] < columns) & (offs_j[None, :] < rows)
-        out_ptrs = out + offs_i[:, None] * rows + offs_j[None, :]
-        if kind == _PAIR:
-            left = _at(inverse_A, tl.load(matrix + 1), FLAT)
-            stride_a = tl.load(matrix + 8)
-            if tl.load(matrix + 11) != 0:
-                acc = _multiply(
-                    left, grad, i, j, columns, rows, columns, stride_a, stride_d, True, BLOCK, BLOCK_K, PRECISION
-                )
-                tl.store(out_ptrs, acc.to(transposed.dtype.element_ty), mask=mask)
-            else:
-                acc = _multiply(
-                    left, grad, i, j, columns, rows, columns, stride_a, stride_d, False, BLOCK, BLOCK_K, PRECISION
-                )
-                tl.store(out_ptrs, acc.to(transposed.dtype.element_ty), mask=mask)
-        else:
-            in_grad = offs_j[:, None] * stride_d + offs_i[None, :]
-            tile = tl.load(grad + in_grad, mask=(offs_j[:, None] < rows) & (offs_i[None, :] < columns), other=0.0)
-            tl.store(out_ptrs, tl.trans(tile).to(transposed.dtype.element_ty), mask=mask)
+        in_grad = offs_j[:, None] * stride_d + offs_i[None, :]
+        mask = (offs_j[:, None] < rows) & (offs_i[None, :] < columns)
+        tile = tl.load(_at(grads, matrix, 0, FLAT, 0) + in_grad, mask=mask, other=0.0)
+        _store_transposed(matrix, transposed, tl.trans(tile), i, j, 0, BLOCK)
 
 
 @triton.jit
-def _finish_tile(acc, updates, update, grad, i, j, rows, columns, stride_p, stride_d, sums, place, BLOCK: tl.constexpr):
-    """Write P and this tile's sums."""
+def _update_tile(
+    matrix,
+    updates,
+    grads,
+    inverse_G,
+    transposed,
+    sums,
+    place,
+    i,
+    j,
+    FLAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P[i:, j:] = (G^-1 T)[i:, j:] and the sums of this tile."""
+    left = _at(inverse_G, matrix, 2, FLAT, ALIGNED)
+    right = transposed + tl.multiple_of(tl.load(matrix + 4), 16)
+    rows, columns = tl.load(matrix + 5), tl.load(matrix + 6)
+    acc = _multiply(left, right, matrix, i, j, rows, columns, 5, 9, 5, ALIGNED, BLOCK, BLOCK_K, PRECISION)
     offs_i = i + tl.arange(0, BLOCK)
     offs_j = j + tl.arange(0, BLOCK)
-    mask = (offs_i[:, None] < rows) & (offs_j[None, :] < columns)
-    d = tl.load(grad + offs_i[:, None] * stride_d + offs_j[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(update + offs_i[:, None] * stride_p + offs_j[None, :], acc.to(updates.dtype.element_ty), mask=mask)
-    tl.store(sums + place * 2, tl.sum(tl.sum(acc * d, axis=1), axis=0))
-    tl.store(sums + place * 2 + 1, tl.sum(tl.sum(acc * acc, axis=1), axis=0))
+    mask = (offs_i[:, None] < rows) & (offs_j[None, :] < _size(matrix, 6, ALIGNED))
+    in_grad = offs_i[:, None] * _size(matrix, 7, ALIGNED) + offs_j[None, :]
+    in_update = offs_i[:, None] * _size(matrix, 10, ALIGNED) + offs_j[None, :]
+    d = tl.load(_at(grads, matrix, 0, FLAT, ALIGNED) + in_grad, mask=mask, other=0.0).to(tl.float32)
+    tl.store(_at(updates, matrix, 3, FLAT, ALIGNED) + in_update, acc.to(updates.dtype.element_ty), mask=mask)
+    # one sum over the flat tile: Triton 3.7 fails to compile two, one after another, of a bf16 product for sm_100
+    tl.store(sums + place * 2, tl.sum(acc * d))
+    tl.store(sums + place * 2 + 1, tl.sum(acc * acc))
 
 
 @triton.jit
@@ -178,23 +234,17 @@ def second_kernel(
     PRECISION: tl.constexpr,
 ):
     """P = G^-1 T, and the sums of each tile."""
+    VECTOR: tl.constexpr = 128 // grads.dtype.element_ty.primitive_bitwidth
     program = programs + tl.program_id(0) * 4
     matrix = matrices + tl.load(program) * 16
-    i = tl.load(program + 1)
-    j = tl.load(program + 2)
+    i = tl.multiple_of(tl.load(program + 1), BLOCK)
+    j = tl.multiple_of(tl.load(program + 2), BLOCK)
     place = tl.load(program + 3)
-    grad = _at(grads, tl.load(matrix), FLAT)
-    left = _at(inverse_G, tl.load(matrix + 2), FLAT)
-    update = _at(updates, tl.load(matrix + 3), FLAT)
-    right = transposed + tl.load(matrix + 4)
-    rows, columns = tl.load(matrix + 5), tl.load(matrix + 6)
-    stride_d, stride_g, stride_p = tl.load(matrix + 7), tl.load(matrix + 9), tl.load(matrix + 10)
+    tensors = (updates, grads, inverse_G, transposed, sums)
     if tl.load(matrix + 11) != 0:
-        acc = _multiply(left, right, i, j, rows, columns, rows, stride_g, rows, True, BLOCK, BLOCK_K, PRECISION)
-        _finish_tile(acc, updates, update, grad, i, j, rows, columns, stride_p, stride_d, sums, place, BLOCK)
+        _update_tile(matrix, *tensors, place, i, j, FLAT, VECTOR, BLOCK, BLOCK_K, PRECISION)
     else:
-        acc = _multiply(left, right, i, j, rows, columns, rows, stride_g, rows, False, BLOCK, BLOCK_K, PRECISION)
-        _finish_tile(acc, updates, update, grad, i, j, rows, columns, stride_p, stride_d, sums, place, BLOCK)
+        _update_tile(matrix, *tensors, place, i, j, FLAT, 0, BLOCK, BLOCK_K, PRECISION)
 
 
 @triton.jit
@@ -222,10 +272,10 @@ def finish_kernel(
         last = tl.load(layers + layer + 1)
         product = tl.zeros((BLOCK,), dtype=tl.float32)
         square = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(first, last, BLOCK):
-            mask = start + offs < last
-            product += tl.load(sums + (start + offs) * 2, mask=mask, other=0.0)
-            square += tl.load(sums + (start + offs) * 2 + 1, mask=mask, other=0.0)
+        for here in range(first, last, BLOCK):
+            in_layer = here + offs < last
+            product += tl.load(sums + (here + offs) * 2, mask=in_layer, other=0.0)
+            square += tl.load(sums + (here + offs) * 2 + 1, mask=in_layer, other=0.0)
         tl.store(products + layer, tl.sum(product))
         tl.store(squares + layer, tl.sum(square))
     else:
