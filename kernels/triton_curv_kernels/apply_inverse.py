@@ -53,7 +53,7 @@ LEAST = 1e-30  # of the predicted decrease, below which nothing is clipped
 
 
 class Applied(NamedTuple):
-    """What `apply_damped_inverse` measured: <P, D> and ||P||^2 of each layer, and the KL-clip factor (1 without one)."""
+    """What `apply_damped_inverse` measured: <P, D> and ||P||^2 of each layer, and the KL-clip factor, else 1."""
 
     products: Tensor
     squares: Tensor
@@ -128,7 +128,7 @@ def launch_apply_damped_inverse(
 
     transposed = torch.empty(work.workspace, dtype=some.dtype, device=some.device)
     sums = torch.empty((len(work.layer_of), 2), dtype=torch.float32, device=some.device)
-    results = torch.empty((2, len(grads)), dtype=torch.float32, device=some.device)
+    products, squares = (torch.empty(len(grads), dtype=torch.float32, device=some.device) for _ in range(2))
     clip = torch.ones((), dtype=torch.float32, device=some.device)
     tiling = {
         "FLAT": flat,
@@ -147,7 +147,6 @@ def launch_apply_damped_inverse(
         wrap_triton(second_kernel)[(len(work.second),)](
             work.matrices, work.second, update, grad, of_g, transposed, sums, **tiling
         )
-    products, squares = results.unbind(0)
     has_clip = kl_clip is not None
     wrap_triton(finish_kernel)[(len(grads) + 1,)](
         *(work.layers, work.layer_of, sums),

@@ -43,8 +43,8 @@ class ApplyConfig:
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> "ApplyConfig":
         """Inverse of `to_ints`."""
-        *tiling, precision = values
-        return cls(*tiling, PRECISIONS[precision])
+        block, block_k, num_warps, num_stages, precision = values
+        return cls(block, block_k, num_warps, num_stages, PRECISIONS[precision])
 
 
 NUMERICS = ("BLOCK", "BLOCK_K", "input_precision")
@@ -68,7 +68,7 @@ def prune(configs: Sequence[ApplyConfig], problem: ApplyProblem) -> list[ApplyCo
             limits.shared_memory >= operands
             and (config.input_precision == "ieee" or (fp32 and limits.platform == "cuda"))
             and (not fp32 or config.BLOCK_K <= 32)  # fp32 products are unrolled over BLOCK_K
-            and (fp32 is False or config.BLOCK <= 64)  # registers
+            and (not fp32 or config.BLOCK <= 64)  # registers
         )
 
     return [config for config in configs if fits(config)]

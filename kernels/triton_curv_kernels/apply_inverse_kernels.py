@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # (Triton's language is untyped)
 """The kernels of `apply_damped_inverse`: T^T = A^-1 D^T and P = G^-1 T for all layers, one launch each, then the sums.
 
@@ -23,10 +23,7 @@ _BLOCK_SMALL = tl.constexpr(_SMALL_BLOCK)
 def _at(base, matrix, COLUMN: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer that an entry of the table stands for: an element of `base`, or an address of its dtype."""
     where = tl.load(matrix + COLUMN)
-    if FLAT:
-        pointer = base + where
-    else:
-        pointer = where.to(tl.pointer_type(base.dtype.element_ty))
+    pointer = base + where if FLAT else where.to(tl.pointer_type(base.dtype.element_ty))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -264,7 +261,7 @@ def finish_kernel(
     clip,
     BLOCK: tl.constexpr,
 ):
-    """Sums of each layer, one program each, in a fixed order; the last program finishes the KL clip from all of them."""
+    """Sums of each layer, one program each, in a fixed order; the last program makes the KL clip from all of them."""
     layer = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     if layer < tl.num_programs(0) - 1:

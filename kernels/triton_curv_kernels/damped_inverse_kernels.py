@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # (Triton's language is untyped)
 """The kernels of `damped_inverse_`; see there for the algorithm.
 

@@ -35,7 +35,8 @@ def _invert_bank(inverse: Tensor, factor: Tensor, shift: Tensor, iterations: int
     cold_scale, cold_delta = 2 / (lower + upper), 2 * lower / (lower + upper)
     may_look = factor.device.type == "cpu" and not is_traced(factor)
 
-    of_zero = n**0.5
+    of_zero = n**0.5  # ||R||_F of X = 0
+    least = TOLERANCE * torch.finfo(factor.dtype).eps * of_zero
     previous = torch.full_like(shift, of_zero)
     delta = torch.ones_like(shift)  # 1 - rho; 1 where the step is plain
     warm = torch.ones_like(shift, dtype=torch.bool)
@@ -49,7 +50,7 @@ def _invert_bank(inverse: Tensor, factor: Tensor, shift: Tensor, iterations: int
         warm = warm & ~restart
         stalled = (previous < 0.5) & (residual > previous / 2)
         diverged = ~warm & ~(residual <= 2 * of_zero)
-        done = done | (~restart & (stalled | diverged | (residual <= TOLERANCE * torch.finfo(factor.dtype).eps * of_zero)))
+        done = done | (~restart & (stalled | diverged | (residual <= least)))
         if may_look and bool(done.all()):
             break
         delta = torch.where(restart, cold_delta, torch.where(residual < 1, 1.0, delta))

@@ -1,13 +1,15 @@
-"""Work lists of `damped_inverse_`: where each matrix lies in the padded workspaces, and which program does which tile."""
+"""Work lists of `damped_inverse_`: where matrices lie in the padded workspaces, and which program does which tile."""
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+Table: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 DTYPES = {4: torch.int32, 8: torch.int64}
 GROUP = 8  # rows of tiles whose programs follow each other, so that they share columns in the L2 cache
@@ -57,21 +59,25 @@ def make_work(
 ) -> Work:
     """Tables for banks (batch, n) whose results begin at `places`; kept from call to call, but not while tracing."""
     key = (tuple(shapes), tuple(places), block_n, block_m)
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return Work(*(torch.tensor(table.tolist(), dtype=DTYPES[table.dtype.itemsize], device=device) for table in _tables(*key)))
-    return _cached(*key, device)
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return _on_device(_tables(*key), device) if traced else _cached(*key, device)
 
 
 @lru_cache(maxsize=64)
 def _cached(
     shapes: tuple[tuple[int, int], ...], places: tuple[int, ...], block_n: int, block_m: int, device: torch.device
 ) -> Work:
-    return Work(*(torch.tensor(table, device=device) for table in _tables(shapes, places, block_n, block_m)))
+    return _on_device(_tables(shapes, places, block_n, block_m), device)
+
+
+def _on_device(tables: Sequence[Table], device: torch.device) -> Work:
+    """Made from lists: a trace on fake tensors can't copy arrays to a GPU."""
+    return Work(*(torch.tensor(t.tolist(), dtype=DTYPES[t.dtype.itemsize], device=device) for t in tables))
 
 
 def _tables(
     shapes: tuple[tuple[int, int], ...], places: tuple[int, ...], block_n: int, block_m: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Table, Table, Table, Table]:
     banks, _ = lay_out(shapes, block_n)
     matrices = [
         (bank.offset + i * bank.padded**2, bank.n, bank.padded, 0, 0, place + i)
@@ -89,7 +95,7 @@ def _tables(
     return table, *(_all_of(sizes, of_size) for of_size in (whole, lower, panels))
 
 
-def _tiles_of(size: int, block_m: int, block_n: int, lower: bool) -> np.ndarray:
+def _tiles_of(size: int, block_m: int, block_n: int, lower: bool) -> Table:
     """First rows and columns of the tiles of one matrix, `GROUP` rows of tiles at a time, column by column."""
     rows, columns = np.meshgrid(np.arange(size // block_m), np.arange(size // block_n), indexing="ij")
     order = np.lexsort((rows.ravel(), columns.ravel(), rows.ravel() // GROUP))
@@ -97,7 +103,7 @@ def _tiles_of(size: int, block_m: int, block_n: int, lower: bool) -> np.ndarray:
     return tiles[tiles[:, 0] >= tiles[:, 1]] if lower else tiles
 
 
-def _all_of(sizes: np.ndarray, of_size: dict[int, np.ndarray]) -> np.ndarray:
+def _all_of(sizes: Table, of_size: dict[int, Table]) -> Table:
     """Work items of all matrices, each with its matrix in front."""
     parts = [np.insert(of_size[int(size)], 0, m, axis=1) for m, size in enumerate(sizes)]
     return np.concatenate(parts).astype(np.int32)

@@ -72,7 +72,9 @@ def banks() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("config", "order"), [(SMALL, 2), (SMALL, 3), (UNEVEN, 3), (None, 3)], ids=["order 2", "order 3", "uneven", "default"]
+    ("config", "order"),
+    [(SMALL, 2), (SMALL, 3), (UNEVEN, 3), (None, 3)],
+    ids=["order 2", "order 3", "uneven", "default"],
 )
 def test_launch_takes_the_steps_of_the_reference(config: DampedInverseConfig | None, order: int) -> None:
     for iterations in (0, 1, 8):
