@@ -68,16 +68,18 @@ def apply_damped_inverse_reference(
     kl_clip: Tensor | None = None,
     lr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.matmul(G @ D, A, out=P)` layer by layer, then sums."""
+    """`torch.mm(G @ D, A, out=P)` layer by layer, then sums."""
     for update, grad, of_a, of_g in zip(updates, grads, inverse_A, inverse_G, strict=True):
-        if of_a.numel() == 0 and of_a.dim() == 1:
-            torch.matmul(of_g, grad, out=update)
+        multiply = torch.mm if grad.dim() == 2 else torch.bmm
+        if of_a.shape == (0,):
+            multiply(of_g, grad, out=update)
         else:
-            torch.matmul(of_g @ grad, of_a, out=update)
+            multiply(multiply(of_g, grad), of_a, out=update)
     wide = torch.promote_types(grads[0].dtype, torch.float32)
-    flat = [(u.reshape(-1).to(wide), d.reshape(-1).to(wide)) for u, d in zip(updates, grads, strict=True)]
-    products = torch.stack([torch.dot(u, d) for u, d in flat])
-    squares = torch.stack([torch.dot(u, u) for u, _ in flat])
+    if grads[0].dtype != wide:
+        updates, grads = [u.to(wide) for u in updates], [d.to(wide) for d in grads]
+    products = torch.stack([torch.dot(u.reshape(-1), d.reshape(-1)) for u, d in zip(updates, grads, strict=True)])
+    squares = torch.stack(torch._foreach_norm(updates)).square_()
     if kl_clip is None:
         return products, squares, products.new_ones(())
     decrease = (products * lr**2).sum().clamp_min(LEAST)
@@ -180,19 +182,20 @@ def _check(
         raise UnsupportedInputError(
             f"expected a 0-dim kl_clip and lr () or ({len(grads)},), got {tuple(kl_clip.shape)}, {tuple(lr.shape)}"
         )
+    device = grads[0].device
     for index, (update, grad, of_a, of_g) in enumerate(zip(updates, grads, inverse_A, inverse_G, strict=True)):
-        *batch, r, c = grad.shape if grad.dim() in (2, 3) else (-1, -1, -1)
-        fits = of_a.shape in ((*batch, c, c), (0,)) and of_g.shape == (*batch, r, r)
-        if update.shape != grad.shape or not fits:
+        shape, a, g = grad.shape, of_a.shape, of_g.shape
+        batch, r, c = (shape[:-2], shape[-2], shape[-1]) if len(shape) in (2, 3) else (shape, -1, -1)
+        if update.shape != shape or g != (*batch, r, r) or (a != (0,) and a != (*batch, c, c)):
             raise UnsupportedInputError(
                 "expected update and grad (r, c) or (b, r, c), inverse_A (c, c) or (b, c, c) or (0,) and inverse_G "
-                f"(r, r) or (b, r, r) at place {index}, got {tuple(update.shape)}, {tuple(grad.shape)}, "
-                f"{tuple(of_a.shape)} and {tuple(of_g.shape)}"
+                f"(r, r) or (b, r, r) at place {index}, got {tuple(update.shape)}, {tuple(shape)}, {tuple(a)} and "
+                f"{tuple(g)}"
             )
-        if not update.device == grad.device == of_a.device == of_g.device == grads[0].device:
+        if not device == update.device == grad.device == of_a.device == of_g.device:
             raise UnsupportedInputError(
-                f"expected tensors on {grads[0].device}, got at place {index} {update.device}, {grad.device}, "
-                f"{of_a.device} and {of_g.device}"
+                f"expected tensors on {device}, got at place {index} {update.device}, {grad.device}, {of_a.device} and "
+                f"{of_g.device}"
             )
 
 

@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -130,13 +131,14 @@ def _make(
         layers.append(sums)
     device = lists[0][0].device
 
-    def on_device(table: Table | list[list[int]] | list[int]) -> Tensor:
+    def on_device(table: npt.ArrayLike) -> Tensor:
         values = np.asarray(table, dtype=np.int64)
         return torch.tensor(values.tolist(), dtype=torch.int64, device=device).view(values.shape)
 
     layer_of = np.repeat(np.arange(len(layers) - 1), np.diff(layers))
-    tables = (matrices, _longest_first(first), _longest_first(second), layers, layer_of)
-    return ApplyWork(*map(on_device, tables), workspace)
+    tables: tuple[npt.ArrayLike, ...] = (matrices, _longest_first(first), _longest_first(second), layers, layer_of)
+    on_matrices, on_first, on_second, on_layers, on_layer_of = map(on_device, tables)
+    return ApplyWork(on_matrices, on_first, on_second, on_layers, on_layer_of, workspace)
 
 
 def _programs(cost: int, m: int, i: Table, j: Table, slot: int) -> Table:

@@ -48,8 +48,9 @@ class DampedInverseConfig:
     def from_ints(cls, values: Sequence[int]) -> "DampedInverseConfig":
         """Inverse of `to_ints`."""
         block_n, block_m, block_k, num_warps, num_stages, products, residual = values
-        precisions = PRECISIONS[products], PRECISIONS[residual]
-        return cls(block_n, block_m, block_k, num_warps, num_stages, *precisions)
+        return cls(
+            block_n, block_m, block_k, num_warps, num_stages, PRECISIONS[products], PRECISIONS[residual]
+        )
 
 
 NUMERICS = ("BLOCK_N", "BLOCK_M", "BLOCK_K", "input_precision", "residual_precision")

@@ -73,13 +73,15 @@ def _invert_bank(inverse: Tensor, factor: Tensor, shift: Tensor, iterations: int
     else:
         residual = torch.linalg.vector_norm(_left_residual(x, damped, identity), dim=(1, 2))
     inverse.copy_(x)
-    return residual
+    result: Tensor = residual
+    return result
 
 
 def _left_residual(x: Tensor, damped: Tensor, identity: Tensor) -> Tensor:
     """I - X A, the transpose of R, added up in fp64: rounding there decides how well X can get (`_residual_kernel`)."""
     wide = torch.baddbmm(identity.double(), x.double(), damped.double(), alpha=-1)
-    return wide.to(x.dtype)
+    left: Tensor = wide.to(x.dtype)
+    return left
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -77,7 +77,7 @@ def _on_device(tables: Sequence[Table], device: torch.device) -> Work:
 
 def _tables(
     shapes: tuple[tuple[int, int], ...], places: tuple[int, ...], block_n: int, block_m: int
-) -> tuple[Table, Table, Table, Table]:
+) -> tuple[Table, ...]:
     banks, _ = lay_out(shapes, block_n)
     matrices = [
         (bank.offset + i * bank.padded**2, bank.n, bank.padded, 0, 0, place + i)

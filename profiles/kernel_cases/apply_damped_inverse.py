@@ -60,7 +60,9 @@ def _case(
                 torch.matmul(g @ grad, a, out=update)
         norms_of = torch.stack(torch._foreach_norm(updates))
         products = torch.stack([torch.dot(u.view(-1), d.view(-1)) for u, d in zip(updates, grads, strict=True)])
-        return norms_of.sum() + torch.sqrt(kl_clip / (products.sum() * lr**2).clamp_min(1e-30)).clamp_max(1.0)
+        clip = torch.sqrt(kl_clip / (products.sum() * lr**2).clamp_min(1e-30)).clamp_max(1.0)
+        scaled: Tensor = norms_of * clip
+        return scaled
 
     def error() -> float:
         """Of P, the largest over the layers, relative to each layer's largest number."""
@@ -93,4 +95,5 @@ def _case(
 def _positive(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A symmetric matrix, as an inverse would be."""
     x = torch.randn(n, n, device=device) / n**0.5
-    return (x @ x.mT + torch.eye(n, device=device)).to(dtype)
+    positive: Tensor = x @ x.mT + torch.eye(n, device=device)
+    return positive.to(dtype)

@@ -227,10 +227,10 @@ def test_work_covers_every_tile_once_longest_first(block: int) -> None:
 def test_shapes_that_do_not_fit_are_named(
     update: tuple[int, ...], grad: tuple[int, ...], a: tuple[int, ...], g: tuple[int, ...], message: str
 ) -> None:
-    tensors = [[torch.zeros(shape)] for shape in (update, grad, a, g)]
+    updates, grads, of_a, of_g = ([torch.zeros(shape)] for shape in (update, grad, a, g))
     for apply in (apply_damped_inverse, launch_apply_damped_inverse):
         with pytest.raises(UnsupportedInputError, match=message):
-            apply(*tensors)
+            apply(updates, grads, of_a, of_g)
 
 
 def test_other_errors_are_named() -> None:

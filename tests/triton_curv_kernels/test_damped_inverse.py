@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_cold_start_is_as_accurate_as_cholesky(kappa: float, order: int) -> None
     residual = damped_inverse_([x], [factor], [shift], STEPS[kappa][order - 2], order)
 
     def error(approximate: Tensor) -> float:
-        return ((approximate.double() - inverse).norm() / inverse.norm()).item()
+        return float((approximate.double() - inverse).norm() / inverse.norm())
 
     by_cholesky = torch.cholesky_inverse(torch.linalg.cholesky(damped.float()))
     assert error(x[0]) <= error(by_cholesky)
@@ -217,7 +218,7 @@ def test_no_banks() -> None:
     ],
 )
 def test_errors_are_named(
-    x: tuple[int, ...], f: tuple[int, ...], s: tuple[int, ...], options: dict[str, int], message: str
+    x: tuple[int, ...], f: tuple[int, ...], s: tuple[int, ...], options: dict[str, Any], message: str
 ) -> None:
     for op in (damped_inverse_, launch_damped_inverse_):
         with pytest.raises(UnsupportedInputError, match=message):

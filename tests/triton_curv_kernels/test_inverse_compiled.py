@@ -44,8 +44,8 @@ def check(arch: Arch, launches: list[Any]) -> dict[str, list[Report]]:
 )
 def test_damped_inverse(arch: Arch, n: int, order: int) -> None:
     config = damped_inverse.default_config(DampedInverseProblem(n, limits(arch)))
-    banks = [[torch.empty(shape, device="meta")] for shape in ((2, n, n), (2, n, n), (2,))]
-    launches = dry_launches(arch, lambda: launch_damped_inverse_(*banks, 1, order, config))
+    inverses, factors, shifts = ([torch.empty(s, device="meta")] for s in ((2, n, n), (2, n, n), (2,)))
+    launches = dry_launches(arch, lambda: launch_damped_inverse_(inverses, factors, shifts, 1, order, config))
     assert [launch.name for launch in launches] == [
         *("bounds_kernel", "start_kernel", "residual_kernel", "decide_kernel", "correction_kernel", "update_kernel"),
         *("residual_kernel", "decide_kernel"),
@@ -70,10 +70,8 @@ def test_apply(arch: Arch, dtype: torch.dtype) -> None:
     grads = [empty(512, 512), empty(100, 33), empty(300, 2, 1), empty(70, 1)]
     of_a = [empty(512, 512), empty(33, 33), empty(0), empty(0)]
     of_g = [empty(512, 512), empty(100, 100), empty(300, 2, 2), empty(70, 70)]
-    scalars = [torch.empty((), device="meta") for _ in range(2)]
-    launches = dry_launches(
-        arch, lambda: launch_apply_damped_inverse(grads, grads, of_a, of_g, *scalars, config=config)
-    )
+    kl_clip, lr = (torch.empty((), device="meta") for _ in range(2))
+    launches = dry_launches(arch, lambda: launch_apply_damped_inverse(grads, grads, of_a, of_g, kl_clip, lr, config))
     assert [launch.name for launch in launches] == ["first_kernel", "second_kernel", "finish_kernel"]
     reports = check(arch, launches)
     for launch in launches[:2]:
