@@ -9,6 +9,7 @@ from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits
 
 Precision = Literal["ieee", "tf32x3", "fp64"]
 PRECISIONS: tuple[Precision, ...] = ("ieee", "tf32x3", "fp64")
+PRODUCTS: tuple[Precision, ...] = ("ieee", "tf32x3")
 
 SMALL = 32  # matrices up to this size are launched apart, in tiles of 16
 
@@ -48,9 +49,7 @@ class DampedInverseConfig:
     def from_ints(cls, values: Sequence[int]) -> "DampedInverseConfig":
         """Inverse of `to_ints`."""
         block_n, block_m, block_k, num_warps, num_stages, products, residual = values
-        return cls(
-            block_n, block_m, block_k, num_warps, num_stages, PRECISIONS[products], PRECISIONS[residual]
-        )
+        return cls(block_n, block_m, block_k, num_warps, num_stages, PRECISIONS[products], PRECISIONS[residual])
 
 
 NUMERICS = ("BLOCK_N", "BLOCK_M", "BLOCK_K", "input_precision", "residual_precision")
@@ -62,7 +61,7 @@ CONFIGS: list[DampedInverseConfig] = [
         ((16, 16, 1), (32, 32, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8)),
         (16, 32),
         (1, 2, 3),
-        ("ieee", "tf32x3"),
+        PRODUCTS,
         PRECISIONS,
     )
 ]
