@@ -1,7 +1,9 @@
 """Triton kernels for curvature optimizers, each beside its plain-torch reference."""
 
+from triton_curv_kernels.apply_inverse import Applied, apply_damped_inverse
 from triton_curv_kernels.backend import BackendError, UnsupportedInputError
 from triton_curv_kernels.cg import cg_direction_, cg_update_
+from triton_curv_kernels.damped_inverse import damped_inverse_
 from triton_curv_kernels.factor import accumulate_factor_
 from triton_curv_kernels.factor_group import accumulate_factors_
 from triton_curv_kernels.momentum import momentum_update_
@@ -19,6 +21,10 @@ __all__ = [
     "packed_offsets",
     "from_dense",
     "to_dense",
+    # damped inverses
+    "Applied",
+    "apply_damped_inverse",
+    "damped_inverse_",
     # updates
     "momentum_update_",
     "neumann_update_",
