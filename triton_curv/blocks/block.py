@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
+from triton_curv.blocks.dense import DenseRule
+from triton_curv.blocks.moments import Moments
 from triton_curv.blocks.rule import Rule
 from triton_curv.errors import ConfigurationError, NoStatisticsError
+from triton_curv.inverse import raised
 
 
 class Block:
@@ -35,6 +38,11 @@ class Block:
         self.store = store
         self.sums = {factor: store.view("sums", key) for factor, key in keys.items()}
         self.inverses = {factor: store.view("inverses", key) for factor, key in keys.items()}
+        self.gains: Tensor | None = None  # 1 / (eigenvalues + lambda), (batch, rows, columns), in an eigenbasis
+        if "A" in keys and store.has_spectra(keys["A"]):
+            self.gains = torch.ones(rule.matrix_shape, dtype=store.samples.dtype, device=store.samples.device)
+        self.moments: Moments | None = None
+        self.due = True  # whether the next backward pass is to give statistics of this block
         self.counts = store.counts[index]
         self.matrix_size = math.prod(rule.matrix_shape)
         self._averages = averages
@@ -43,12 +51,30 @@ class Block:
         self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
 
     @torch.no_grad()
-    def accumulate_(self, inputs: Tensor, grad_output: Tensor, training: bool, use: int) -> None:
-        """Add call number `use` of the layer in a forward, as seen in its backward pass."""
+    def accumulate_(
+        self, inputs: Tensor, grad_output: Tensor, training: bool, use: int, mask: Tensor | None = None
+    ) -> None:
+        """Add call number `use` of the layer in a forward, as seen in its backward pass.
+
+        `mask` is True where a position counts; layers that have a row for each of its elements leave out the others.
+        """
+        rows_masked = mask is not None and isinstance(self.rule, DenseRule) and inputs.shape[:-1].numel() == mask.numel()
+        if rows_masked:
+            assert mask is not None
+            inputs = inputs * mask.reshape(inputs.shape[:-1])[..., None]
         added = self.rule.accumulate_(self.sums, inputs, grad_output, training)
         self.counts[0].add_(added.rows)
+        if rows_masked:
+            assert mask is not None
+            assert isinstance(self.rule, DenseRule)
+            left_out = added.rows - mask.sum()
+            self.counts[0].sub_(left_out)
+            if self.rule.has_bias:  # the corner counts rows
+                self.sums["A"][0, -1, -1].sub_(left_out)
         if use < USES:
             self.counts[1 + use].add_(added.samples)
+        if self.moments is not None:
+            self.moments.accumulate_(inputs, grad_output)
 
     def factors(self) -> dict[str, Tensor]:
         """Dense copies of the factors, {"A", "G"} or {"F"}: the moving average including pending statistics.
@@ -56,19 +82,39 @@ class Block:
         A (groups, d_in[+1], d_in[+1]) and G (groups, d_out, d_out), without the leading dimension for one group.
         Raises NoStatisticsError before the first backward pass.
         """
-        if not bool(self.store.folds[self.index] + self.counts[1:].amax() > 0):
+        if not bool(self.folds() + self.counts[1:].amax() > 0):
             raise NoStatisticsError(
                 f"block '{self.name}' has seen no backward pass yet; run loss.backward() first (statistics are taken "
                 "on the first step and then every factor_interval steps)"
             )
         return {name: self.rule.present(name, tensor).clone() for name, tensor in self._averages(self).items()}
 
+    def folds(self) -> Tensor:
+        """How many folds the newest of its averages holds, ()."""
+        return torch.stack([self.store.folds[self.store.rows(key)].amax() for key in self.keys.values()]).amax()
+
+    def renew_gains_(self) -> None:
+        """1 / (s_G s_A^T + lambda) from the eigenvalues, or 1 / (second moments + lambda) where those are known."""
+        if self.gains is None:
+            return
+        key_A, key_G = self.keys["A"], self.keys["G"]
+        spectrum = self.store.view("spectra", key_G)[:, :, None] * self.store.view("spectra", key_A)[:, None, :]
+        if self.moments is not None:
+            spectrum = torch.where(self.moments.folds > 0, self.moments.averages, spectrum)
+        rows_A, rows_G = self.store.rows(key_A), self.store.rows(key_G)
+        failures = torch.maximum(self.store.failures[rows_A], self.store.failures[rows_G])
+        torch.reciprocal(spectrum + raised(self.store.shifts[rows_A], failures.long())[:, None, None], out=self.gains)
+
     def solve(self, matrix: Tensor, out: Tensor) -> None:
-        """out = G^-1 D A^-1, or F^-1 D; both (batch, rows, columns)."""
-        operators = self._operators
+        """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
+        operators, gains = self._operators, self.gains
         if len(matrix) == 1:
             matrix, out = matrix[0], out[0]
-        if "F" in operators:
+        if gains is not None:
+            bases_A, bases_G = operators["A"], operators["G"]
+            turned = (bases_G.mT @ matrix @ bases_A).mul_(gains[0] if len(gains) == 1 else gains)
+            torch.matmul(bases_G @ turned, bases_A.mT, out=out)
+        elif "F" in operators:
             torch.matmul(operators["F"], matrix, out=out)
         else:
             torch.matmul(operators["G"] @ matrix, operators["A"], out=out)

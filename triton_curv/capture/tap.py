@@ -20,9 +20,17 @@ class CaptureSwitch:
 
     `calls` counts the calls of each layer since the model's forward began: a layer called again in one forward adds
     positions, not samples. Where only parts of the model are ever called, each call counts as a first one.
+
+    `recording` is read in backward: whether this pass gives statistics. A compiled backward always does (`traced`).
+    `mask`, where positions count, is read in backward, too, and not by compiled ones.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
+        self.recording = records
+        self.traced = False
+        self.mask: Tensor | None = None
+        # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.begin_step(enabled)
 
     def begin_step(self, enabled: bool) -> None:
@@ -45,9 +53,19 @@ class CaptureSwitch:
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, block: Block, training: bool, use: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        anchor: Tensor,
+        block: Block,
+        switch: CaptureSwitch,
+        training: bool,
+        use: int,
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.block = block
+        ctx.switch = switch
         ctx.training = training
         ctx.use = use
         # An alias autograd does not call a view: a view made here would forbid an in-place ReLU after the layer.
@@ -55,10 +73,14 @@ class _Tap(torch.autograd.Function):
         return alias
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inputs,) = ctx.saved_tensors
-        ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.use)
-        return grad_output, None, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        if torch.compiler.is_compiling():
+            (inputs,) = ctx.saved_tensors
+            ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.use)
+        elif ctx.switch.recording:
+            (inputs,) = ctx.saved_tensors
+            ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, mask=ctx.switch.mask)
+        return grad_output, None, None, None, None, None, None
 
 
 class _ModelHook:
@@ -87,7 +109,12 @@ class _LayerHook:
             return None
         inputs: Tensor = args[0] if args else kwargs["input"]
         use = self.switch.next_use(self.block.name)
-        tapped: Tensor = _Tap.apply(output, inputs.detach(), self.block, module.training, use)  # type: ignore[no-untyped-call]  # torch's
+        if torch.compiler.is_compiling():
+            self.switch.traced = True
+        elif not self.block.due:
+            return None
+        anchor = self.switch.anchor
+        tapped: Tensor = _Tap.apply(output, inputs.detach(), anchor, self.block, self.switch, module.training, use)  # type: ignore[no-untyped-call]  # torch's
         return tapped
 
     def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
