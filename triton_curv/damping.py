@@ -135,8 +135,7 @@ class LevenbergMarquardt:
         fine = self.grow >= 1 >= self.shrink > 0 and self.poor < self.good and 0 <= self.least <= self.most
         if not fine or self.interval < 1:
             raise ConfigurationError(
-                "expected grow >= 1 >= shrink > 0, poor < good, 0 <= least <= most and interval >= 1, got "
-                f"{self}"
+                f"expected grow >= 1 >= shrink > 0, poor < good, 0 <= least <= most and interval >= 1, got {self}"
             )
 
     def factor(self, step: int) -> float:

@@ -40,7 +40,7 @@ class HealthMonitor:
         elif self.counts.device.type == "cuda":
             if self._copy is None:
                 self._copy = torch.zeros(self.counts.shape, dtype=self.counts.dtype, pin_memory=True)
-                self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+                self._arrived = torch.cuda.Event()
             assert self._arrived is not None
             if torch.cuda.is_current_stream_capturing():
                 return

@@ -127,7 +127,10 @@ def _try_eigh(given: Tensor, matrices: Tensor, tolerance: float) -> Decompositio
             return Decomposition(*(torch.cat(column) for column in zip(*parts, strict=True)))
         none = matrices.new_zeros(1)
         return Decomposition(
-            torch.full_like(matrices, torch.nan), torch.full_like(matrices[..., 0], torch.nan), none > 0, none + torch.nan
+            torch.full_like(matrices, torch.nan),
+            torch.full_like(matrices[..., 0], torch.nan),
+            none > 0,
+            none + torch.nan,
         )
     bases, spectra = bases.to(matrices.dtype), spectra.to(matrices.dtype).clamp_min(0.0)
     ones = matrices.new_ones(len(matrices), matrices.shape[-1], 1)

@@ -1,4 +1,4 @@
-"""Batches of symmetric matrices as rows of their packed triangles: `pack_symmetric` of the kernels for (batch, n, n)."""
+"""Batches of symmetric matrices as rows of packed triangles: `pack_symmetric` of the kernels for (batch, n, n)."""
 
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ def packed_size(n: int) -> int:
 
 
 def pack(matrices: Tensor) -> Tensor:
-    """(batch, n, n) symmetric -> (batch, n (n + 1) / 2), each row as `triton_curv_kernels.pack_symmetric` lays it out."""
+    """(batch, n, n) symmetric -> (batch, n (n + 1) / 2), each row laid out as `pack_symmetric` of the kernels does."""
     batch, n, _ = matrices.shape
     if n > WIDEST_BATCHED and not use_reference(matrices):
         return pack_symmetric(list(matrices.unbind()), matrices.dtype).view(batch, -1)

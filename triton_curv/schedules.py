@@ -95,9 +95,9 @@ MomentumForm = Literal["paper", "code"]
 class PolynomialDecay(LRScheduler):
     r"""eta(e) = eta0 (1 - (e - start)/(end - start))^power for e >= start epochs, eta0 before; momentum falls with it.
 
-    Call `step()` after each optimizer step; e = steps / steps_per_epoch. `eta0` is the learning rate that each parameter
-    group has when the schedule is built, m0 its momentum. The update of `KFAC(update_size="none")` is v <- m v + P,
-    w <- w - eta v. In it the two forms that exist of v_{t+1} = m(e) v_t - eta P, v in weights, are
+    Call `step()` after each optimizer step; e = steps / steps_per_epoch. `eta0` is the learning rate that each
+    parameter group has when the schedule is built, m0 its momentum. The update of `KFAC(update_size="none")` is
+    v <- m v + P, w <- w - eta v. In it the two forms that exist of v_{t+1} = m(e) v_t - eta P, v in weights, are
 
     - "paper", m(e) = m0 eta(e) / eta0 (arXiv 2002.06015 eq. 22): m0 eta_{t-1} / eta0 on our v;
     - "code", m0 eta_t / eta_{t-1} (chainerkfac): m0 on our v, a constant.

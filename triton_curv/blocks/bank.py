@@ -368,9 +368,7 @@ class FactorStore:
             rungs = torch.where(previous, 1, torch.where(usable, 2, 3))
             of_diagonal = torch.where(usable[:, None], diagonal, 1.0)
             ok = result.ok[:, None]
-            bases = torch.where(
-                ok[..., None], bases, torch.where(previous[:, None, None], old_bases, identity)
-            )
+            bases = torch.where(ok[..., None], bases, torch.where(previous[:, None, None], old_bases, identity))
             spectra = torch.where(ok, spectra, torch.where(previous[:, None], old_spectra, of_diagonal))
             self.rungs[rows] = torch.where(result.ok, 0, rungs)
         old_bases.copy_(bases)

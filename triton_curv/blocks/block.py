@@ -58,7 +58,9 @@ class Block:
 
         `mask` is True where a position counts; layers that have a row for each of its elements leave out the others.
         """
-        rows_masked = mask is not None and isinstance(self.rule, DenseRule) and inputs.shape[:-1].numel() == mask.numel()
+        rows_masked = (
+            mask is not None and isinstance(self.rule, DenseRule) and inputs.shape[:-1].numel() == mask.numel()
+        )
         if rows_masked:
             assert mask is not None
             inputs = inputs * mask.reshape(inputs.shape[:-1])[..., None]

@@ -31,7 +31,10 @@ class ConvRule:
         order = torch.arange(self.fan_in, device=module.weight.device).view(math.prod(kernel), per_group).T.flatten()
         self.weight_order = torch.cat([order, order.new_tensor([self.fan_in] * self.has_bias)])
         # patches come kernel position first, channel last; the factor is kept as `weight.flatten(1)` has it
-        self.factor_shapes = {"A": FactorShape(groups, columns, order=self.weight_order), "G": FactorShape(groups, rows)}
+        self.factor_shapes = {
+            "A": FactorShape(groups, columns, order=self.weight_order),
+            "G": FactorShape(groups, rows),
+        }
         self.matrix_shape = (groups, rows, columns)
         self.approximation = "Kronecker per group; exact for one output position in deep linear nets"
 

@@ -11,7 +11,8 @@ class FactorShape(NamedTuple):
     """`batch` symmetric matrices of `size` x `size`.
 
     Every `blocks` of them that follow one another are the diagonal blocks of one factor: a diagonal factor of n numbers
-    is FactorShape(n, 1, blocks=n). They share one damping. `order` says which captured coordinate is the weight's i-th, where `accumulate_` takes them in another order.
+    is FactorShape(n, 1, blocks=n). They share one damping. `order` says which captured coordinate is the
+    weight's i-th, where `accumulate_` takes them in another order.
     """
 
     batch: int

@@ -58,10 +58,10 @@ def hyper_vector(group: Mapping[str, Any], steps: int, options: KFACOptions, lik
 
 
 def rescale_(weights: Sequence[Tensor], how: Rescale, happens: Tensor) -> None:
-    """w <- sqrt(2 d_out) w / (||w|| + 1e-9), d_out = w.shape[0]; "code" only shrinks. Source: arXiv 2002.06015 eq. 24."""
+    """w <- sqrt(2 d_out) w / (||w|| + 1e-9), d_out = w.shape[0]; "code" only shrinks (arXiv 2002.06015 eq. 24)."""
     if how == "none" or not weights:
         return
-    norms = torch.stack(torch._foreach_norm(weights))
+    norms = torch.stack(torch._foreach_norm(list(weights)))
     targets = torch.tensor([(2.0 * len(w)) ** 0.5 for w in weights], dtype=norms.dtype, device=norms.device)
     factors = targets / (norms + RESCALE_EPS)
     if how == "code":

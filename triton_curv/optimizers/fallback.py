@@ -29,6 +29,11 @@ class Fallback(Protocol):
         """
 
 
+def _for_each(scalar: Tensor, params: list[Parameter]) -> list[Tensor]:
+    """One 0-dim tensor for every parameter: foreach functions of a single one read it on the host, on CPU."""
+    return [scalar] * len(params)
+
+
 def _gradients(params: list[Parameter], group: dict[str, Any], ok: Tensor) -> list[Tensor]:
     """Gradients to descend along, zero where the step does not happen: 0 * NaN is not 0."""
     grads = [torch.where(ok, p.grad, 0.0) for p in params if p.grad is not None]
@@ -86,10 +91,10 @@ class AdamWFallback:
     ) -> None:
         (beta1, beta2), lr, happens = group["betas"], group["lr"], ok.to(torch.float32)
         grads = _gradients(params, group, ok)
-        torch._foreach_add_(steps, happens)
-        torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * happens)
+        torch._foreach_add_(steps, _for_each(happens, params))
+        torch._foreach_mul_(exp_avgs, _for_each(1 - (1 - beta1) * happens, params))
         torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * happens)
+        torch._foreach_mul_(exp_avg_sqs, _for_each(1 - (1 - beta2) * happens, params))
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
         counted = [step.clamp_min(1.0) for step in steps]
         roots = torch._foreach_sqrt(exp_avg_sqs)
@@ -97,7 +102,7 @@ class AdamWFallback:
         torch._foreach_add_(roots, group["eps"])
         updates = torch._foreach_div(exp_avgs, roots)
         torch._foreach_mul_(updates, [-lr * happens / (1 - beta1**step) for step in counted])
-        torch._foreach_mul_(list(params), 1 - lr * group["weight_decay"] * happens)
+        torch._foreach_mul_(list(params), _for_each(1 - lr * group["weight_decay"] * happens, params))
         torch._foreach_add_(list(params), updates)
 
 
@@ -119,13 +124,13 @@ class SGDFallback:
         """torch's own functional SGD on the group's state, or the same with a flag."""
         buffers = [state[p]["momentum_buffer"] for p in params]
         if ok is not None:
-            happens, momentum, weights = ok.to(torch.float32), group["momentum"], list(params)
-            torch._foreach_add_([state[p]["step"] for p in params], happens)
+            happens, momentum, weights = ok.to(torch.float32), group["momentum"], [p.data for p in params]
+            torch._foreach_add_([state[p]["step"] for p in params], _for_each(happens, params))
             grads = _gradients(params, group, ok)
-            decayed = torch._foreach_mul(weights, group["weight_decay"] * happens)
-            torch._foreach_mul_(buffers, 1 - (1 - momentum) * happens)
+            decayed = torch._foreach_mul(weights, _for_each(group["weight_decay"] * happens, params))
+            torch._foreach_mul_(buffers, _for_each(1 - (1 - momentum) * happens, params))
             torch._foreach_add_(buffers, torch._foreach_add(grads, decayed))
-            torch._foreach_add_(weights, torch._foreach_mul(buffers, -group["lr"] * happens))
+            torch._foreach_add_(weights, torch._foreach_mul(buffers, _for_each(-group["lr"] * happens, params)))
             return
         for p in params:
             state[p]["step"] += 1

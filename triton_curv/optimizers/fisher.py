@@ -53,7 +53,9 @@ def signals(
 
 def _check_mask(mask: Tensor, shape: torch.Size, what: str) -> None:
     if mask.shape != shape[: mask.dim()] or mask.dim() == 0:
-        raise ConfigurationError(f"expected a mask with the leading sizes of {what} {tuple(shape)}, got {tuple(mask.shape)}")
+        raise ConfigurationError(
+            f"expected a mask with the leading sizes of {what} {tuple(shape)}, got {tuple(mask.shape)}"
+        )
 
 
 def _of_cross_entropy(
@@ -110,20 +112,22 @@ def _of_mse(output: Tensor, mask: Tensor | None, exact: bool, generator: torch.G
 
 def _of_distribution(distribution: Distribution, mask: Tensor | None) -> Signals:
     with torch.no_grad():
-        drawn = distribution.sample()  # type: ignore[no-untyped-call]  # torch's
+        drawn = distribution.sample()
     with torch.enable_grad():
-        scores: Tensor = distribution.log_prob(drawn)  # type: ignore[no-untyped-call]  # torch's
+        scores: Tensor = distribution.log_prob(drawn)
         if not scores.requires_grad:
             raise ConfigurationError("expected a distribution of the model's output, got one that requires no gradient")
         if mask is not None:
             _check_mask(mask, scores.shape, "log_prob")
             scores = scores * mask.reshape(mask.shape + (1,) * (scores.dim() - mask.dim()))
         total = -scores.sum()
-    return Signals(float(len(scores) if scores.dim() else 1) if mask is None else mask.sum(), iter([Signal(total, None)]))
+    return Signals(
+        float(len(scores) if scores.dim() else 1) if mask is None else mask.sum(), iter([Signal(total, None)])
+    )
 
 
 def _signs(units: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
-    """(units..., 1) of 1; of random signs where a sample has several units, whose cross terms must vanish on average."""
+    """(units..., 1) of 1; of random signs where a sample has several units: their cross terms vanish on average."""
     if len(units) == 1:
         return like.new_ones((*units, 1))
     return torch.empty((*units, 1), dtype=like.dtype, device=like.device).bernoulli_(0.5, generator=generator) * 2 - 1
