@@ -131,7 +131,9 @@ def inject(how: str, model: nn.Sequential, optimizer: tc.KFAC, monkeypatch: pyte
     elif how == "throws":
         for name in ("cholesky_ex", "eigh"):
             monkeypatch.setattr(torch.linalg, name, throwing)
-        monkeypatch.setattr("triton_curv.inverse.damped_inverse_", lambda x, f, s, **_: torch.full_like(s[0], torch.nan))
+        monkeypatch.setattr(
+            "triton_curv.inverse.damped_inverse_", lambda x, f, s, **_: torch.full_like(s[0], torch.nan)
+        )
     elif how == "residual":
         wrong = torch.cholesky_inverse
         monkeypatch.setattr(torch, "cholesky_inverse", lambda f: 2 * wrong(f))

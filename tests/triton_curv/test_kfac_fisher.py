@@ -167,7 +167,7 @@ def packed_reference(**options: Any) -> tuple[tc.KFAC, Tensor]:
     return kfac(model, **options), x[MASK]
 
 
-def test_padding_counts_neither_in_A_nor_in_G_nor_in_N() -> None:
+def test_padding_does_not_count() -> None:
     model, x = tokens()
     optimizer = kfac(model, fisher="exact")
     optimizer.sample_fisher(model(x), "cross_entropy", mask=MASK)

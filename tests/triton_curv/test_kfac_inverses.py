@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import triton_curv as tc
 from tests.support.brute import kronecker_factors, observe
-from tests.support.capture import captured, kfac
+from tests.support.capture import captured
 from tests.support.dense import gram, jacobian, join, kron, relative_error, split, weight_layers
 from tests.support.small_net import batches, small_net, train, weights
 
@@ -79,9 +79,11 @@ def per_sample(model: nn.Sequential, name: str, x: Tensor, y: Tensor) -> Tensor:
     return jacobian(model, name, x, lambda outputs: cross_entropy(outputs, y, reduction="none")[:, None])
 
 
-def ekfac(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> tc.KFAC:
+def ekfac(model: nn.Module, x: Tensor, y: Tensor) -> tc.KFAC:
     """EKFAC after two captured steps on one batch with lr 0: bases from the first, second moments from the second."""
-    optimizer = kfac(model, lr=0.0, inverse="eigen", ekfac=True, damping=1e-3, **options)
+    optimizer = tc.KFAC(
+        model, lr=0.0, factor_interval=1, inverse_interval=100, inverse="eigen", ekfac=True, damping=1e-3
+    )
     for _ in range(2):
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
@@ -95,7 +97,7 @@ def test_moments_are_the_mean_squares_in_the_eigenbasis(net: Net) -> None:
     model, x, y = probe(net)
     J = {name: per_sample(model, name, x, y)[:, 0] for name in weight_layers(model)}
     optimizer = ekfac(model, x, y)
-    optimizer._fold(1)
+    optimizer._curvature.fold(1)
     for name, J_layer in J.items():
         block = optimizer.blocks[name]
         assert block.moments is not None
@@ -110,7 +112,7 @@ def test_ekfac_is_nearer_to_the_fisher_than_kfac(net: Net) -> None:
     model, x, y = probe(net)
     fisher = {name: gram(per_sample(model, name, x, y)) for name in weight_layers(model)}
     optimizer = ekfac(model, x, y)
-    optimizer._fold(1)
+    optimizer._curvature.fold(1)
     for name, dense in fisher.items():
         block = optimizer.blocks[name]
         assert block.moments is not None
@@ -124,12 +126,29 @@ def test_ekfac_is_nearer_to_the_fisher_than_kfac(net: Net) -> None:
         assert relative_error(block.moments.averages.flatten(1), best) < 1e-8
 
 
+def test_ekfac_divides_by_its_moments_once_they_are_there() -> None:
+    model, x, y = probe(NETS["mlp"])
+    J = per_sample(model, "0", x, y)[:, 0]
+    optimizer = ekfac(model, x, y)
+    block = optimizer.blocks["0"]
+    before = block.precondition(gradients(model[0]))
+    optimizer.step()
+    U_A, U_G = block.inverses["A"], block.inverses["G"]
+    grads = gradients(model[0])
+    theta = join(model[0], grads["weight"], grads["bias"])  # type: ignore[arg-type]  # Sequential's items are Modules
+    turned = (U_G.mT @ theta @ U_A) / ((U_G.mT @ J @ U_A).square().mean(0) + 1e-3)
+    expected = split(model[0], U_G @ turned @ U_A.mT)  # type: ignore[arg-type]  # Sequential's items are Modules
+    for key, value in block.precondition(grads).items():
+        assert relative_error(value, expected[key]) < 1e-8
+        assert relative_error(before[key], expected[key]) > 1e-2
+
+
 def test_moments_of_the_mean_gradient_would_be_far_off() -> None:
     """The planted bug: squares of the batch's mean gradient in place of the mean of squares."""
     model, x, y = probe(NETS["mlp"])
     J = per_sample(model, "0", x, y)[:, 0]
     optimizer = ekfac(model, x, y)
-    optimizer._fold(1)
+    optimizer._curvature.fold(1)
     block = optimizer.blocks["0"]
     assert block.moments is not None
     wrong = (block.inverses["G"].mT @ J.mean(0) @ block.inverses["A"]).square()
@@ -176,9 +195,8 @@ def test_a_budget_ends_at_the_same_inverses_as_a_burst(inverse: Any) -> None:
 
 def test_the_parts_of_a_budget_cost_about_the_same() -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
-    parts = tc.KFAC(model, refresh_budget=4)._parts
+    parts = tc.KFAC(model, refresh_budget=4)._curvature.parts
     assert sorted(len(part) for part in parts) == [4, 4, 4]
-    assert sorted({key for part in parts for key in part}) == sorted({key for part in parts for key in part})
     assert len({key for part in parts for key in part}) == 12
 
 

@@ -76,7 +76,9 @@ def test_resume_is_bit_for_bit(options: dict[str, Any]) -> None:
     assert str(optimizer.state_dict()) == str(other.state_dict())
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
 @pytest.mark.parametrize("options", [{}, {"inverse": "eigen"}, {"factor_interval": tc.AdaptiveInterval()}])
 def test_copies_of_a_pair_of_model_and_optimizer_have_equal_states(copier: Any, options: dict[str, Any]) -> None:
     model = net()

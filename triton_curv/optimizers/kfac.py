@@ -7,28 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triton_curv.blocks import Block, FactorStore, NormFisher
-from triton_curv.blocks.bank import FactorKey
-from triton_curv.blocks.moments import Moments, has_sample_rows
-from triton_curv.capture import CaptureSwitch, attach_taps
+from triton_curv.blocks import NormFisher
 from triton_curv.coverage import Coverage, coverage_of
 from triton_curv.damping import ConstantDamping, DampingRule
-from triton_curv.errors import ConfigurationError, NoStatisticsError
-from triton_curv.health import EVENTS, HealthMonitor
+from triton_curv.errors import ConfigurationError
+from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.optimizers.apply import Work, hyper_vector, precondition, rescale_, scales
+from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
-from triton_curv.optimizers.fisher import FisherName, Loss, signals
+from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, choose, param_groups_of, rules_of
-from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize, due_blocks, refresh_parts
+from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
 from triton_curv_kernels import momentum_update_
-
-IDLE = -1  # no renewal of inverses is under way
 
 
 class KFAC(Optimizer):
@@ -175,51 +171,25 @@ class KFAC(Optimizer):
         names = {id(p): name for name, p in model.named_parameters()}
         self._names = {p: names[id(p)] for p in model.parameters()}
         param_groups, blocks_of = param_groups_of(model, rules, defaults, overrides, fallback_lr, options.fallback)
-        param_groups[0].update(next_fold=0, next_inverse=0, renewal=IDLE)
+        param_groups[0].update(CLOCK)
         self._ready = False  # add_param_group below is the constructor's own
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             check_hyper_parameters(group)
 
-        ordered = [name for group in blocks_of for name in group]
-        some = next(iter(rules[ordered[0]].params.values()))
-        wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
-        dtype, device = torch.float64 if wide else torch.float32, some.device
-        for name in ordered:
-            for p in rules[name].params.values():
-                if p.device != device:
-                    raise ConfigurationError(f"expected all layers on {device}, got '{name}' on {p.device}")
-        shapes = [dict(rules[name].factor_shapes) for name in ordered]
-        self._store = FactorStore(shapes, dtype, device, options.inverse)
-        if options.adaptive is not None:
-            self._store.keep_recent()
-        self._parts = refresh_parts(self._store, options.refresh_budget)
-        self._switch = CaptureSwitch(enabled=True, records=options.fisher == "empirical", device=device)
-        self.blocks: dict[str, Block] = {
-            name: Block(name, rules[name], index, self._store, self._averages_of, self._ensure_inverse)
-            for index, name in enumerate(ordered)
-        }
-        if options.ekfac:
-            for block in self.blocks.values():
-                if block.gains is not None and has_sample_rows(block.rule):
-                    block.moments = Moments(block.rule, block.inverses)
-        self._handles = attach_taps(model, self.blocks.values(), self._switch)
-        self._matrices = [MatrixGroup([self.blocks[n] for n in group], dtype, device) for group in blocks_of]
-        self._inverted = False
-        self._any_seen = self._all_seen = False  # whether statistics of any block, of all blocks, have come
-        self._sampled = False  # whether `sample_fisher` has run since the last fold
-        self._events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
-        self._store.discarded, self._store.failed = self._events[1], self._events[2]
-        self._monitor = HealthMonitor(self._events)
-        self._damping_gain = torch.ones((), dtype=dtype, device=device)
-        # (next step, last interval, the one before) of each statistic, for the adaptive rule
-        self._timers = torch.tensor([[0, 1, 1]] * len(self._store.keys), dtype=torch.int64)
+        ordered = {name: rules[name] for group in blocks_of for name in group}
+        clock = self.param_groups[0]
+        self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block)
+        self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
+        like = self._store.samples
+        self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
         self._init_state()
         self._ready = True
 
     def _init_state(self) -> None:
         """All state exists from here on; tensors are views of the buffers that the step works on."""
-        store, of_model = self._store, {"events": self._events, "damping_gain": self._damping_gain}
+        curvature, store = self._curvature, self._store
+        of_model = {"events": curvature.events, "damping_gain": curvature.damping_gain}
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
@@ -236,7 +206,7 @@ class KFAC(Optimizer):
                         first[f"{name}_spectrum"] = store.view("spectra", key)
                     if self.options.adaptive is not None:
                         first[f"{name}_last"], first[f"{name}_before"] = store.packed(key, 1), store.packed(key, 2)
-                        first[f"{name}_refresh"] = self._timers[store.keys.index(key)]
+                        first[f"{name}_refresh"] = curvature.timers[store.keys.index(key)]
                 first["samples"] = store.samples[row.block.index]
                 if row.block.moments is not None:
                     first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
@@ -272,15 +242,6 @@ class KFAC(Optimizer):
     def _steps(self) -> int:
         return cast("int", self.param_groups[0]["step"])
 
-    @property
-    def _signal_scale(self) -> float:
-        return self._scaler.get_scale() if self._scaler is not None else 1.0
-
-    def _averages_of(self, block: Block) -> dict[str, Tensor]:
-        """The block's factors as they are once pending statistics are folded in."""
-        how = self.options.normalisation(self._signal_scale)
-        return {name: self._store.peek(key, how) for name, key in block.keys.items()}
-
     @torch.no_grad()
     def count_units(self, units: Tensor | float) -> None:
         """Say over how many units the coming loss is a mean, where they are not the samples of the batch.
@@ -291,12 +252,7 @@ class KFAC(Optimizer):
                 Compiled models take the number only.
 
         """
-        if not self._switch.enabled:
-            return
-        if isinstance(units, Tensor) and units.dtype == torch.bool:
-            self._switch.mask = units
-            units = units.sum()
-        self._store.add_units(units)
+        self._curvature.count_units(units)
 
     def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
         """Statistics by backward passes of their own from the model's `output`; call it before `loss.backward()`.
@@ -319,90 +275,7 @@ class KFAC(Optimizer):
             ConfigurationError: fisher="empirical", or arguments that do not fit together.
 
         """
-        options, switch, store = self.options, self._switch, self._store
-        if options.fisher == "empirical":
-            raise ConfigurationError("expected fisher='sampled' or 'exact' for sample_fisher(), got 'empirical'")
-        if not switch.enabled:
-            return
-        if switch.traced:  # a compiled training pass has left statistics among the sampled ones
-            store.unstash() if self._sampled else store.forget()
-        generator = torch.Generator(output.device).manual_seed(self._steps * 4 + 1)
-        generator.set_offset(0) if output.device.type == "cuda" else None
-        sent = signals(output, loss, exact=options.fisher == "exact", mask=mask, dim=dim, generator=generator)
-        store.add_units(sent.units)
-        switch.recording, switch.mask = True, mask
-        try:
-            for source, gradient in sent.passes:
-                torch.autograd.grad(source, [switch.anchor], gradient, retain_graph=True, allow_unused=True)
-        finally:
-            switch.recording, switch.mask = False, None
-        if switch.traced:
-            store.stash()
-        self._sampled = True
-
-    def _fold(self, steps: int) -> None:
-        """Region 1: fold the statistics gathered since the last fold into the moving averages."""
-        store = self._store
-        if self.options.fisher != "empirical":
-            if not self._sampled and any(p.grad is not None for p in self._names):
-                raise NoStatisticsError(
-                    f"fisher='{self.options.fisher}' expects sample_fisher(output, loss) before backward() of this "
-                    "step, got no call"
-                )
-            store.unstash()
-        if not self._all_seen:
-            self._check_taps()
-        how = self.options.normalisation(self._signal_scale)
-        if self.options.ekfac:
-            scale, weight = store.pending(how)
-            for block in self.blocks.values():
-                if block.moments is not None:
-                    rows = store.rows(block.keys["G"])
-                    block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
-        store.fold_(how, None if self.options.adaptive is None else self._due_rows(steps))
-        self._sampled = False
-
-    def _due(self, steps: int) -> list[bool]:
-        """Which statistics the adaptive rule wants at a step."""
-        return [timer[0] <= steps for timer in self._timers.tolist()]
-
-    def _due_rows(self, steps: int) -> Tensor:
-        due = torch.tensor(self._due(steps), device=self._store.key_of_row.device)
-        return due[self._store.key_of_row]
-
-    def _check_taps(self) -> None:
-        """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
-        pending, folds = self._store.seen() > 0, [block.folds() > 0 for block in self.blocks.values()]
-        seen = (pending | torch.stack(folds)).tolist()
-        self._any_seen, self._all_seen = any(seen), all(seen)
-        missed = [
-            block.name
-            for block, ok in zip(self.blocks.values(), seen, strict=True)
-            if not ok and any(p.grad is not None for p in block.rule.params.values())
-        ]
-        if missed:
-            raise NoStatisticsError(
-                f"expected a tapped backward pass through every layer with a gradient, got none for {missed}: was the "
-                "model compiled and run before KFAC was built (then call torch.compiler.reset()), or is the layer's "
-                "forward bypassed?"
-            )
-
-    def _invert(self, keys: Sequence[FactorKey] | None = None, shifts: bool = True) -> None:
-        """Region 2: renew damped inverses or eigenbases, all or those of some factors, with what follows from them."""
-        if shifts:
-            factor = self.options.damping_rule.factor(self._steps) * self._damping_gain
-            self._store.set_shifts_(self._per_block("damping") * factor, self._per_block("relative_damping") * factor)
-        self._store.invert_(keys)
-        if self.options.inverse == "eigen":
-            owners = None if keys is None else {key.block for key in keys}
-            for block in self.blocks.values():
-                if owners is None or block.index in owners:
-                    if block.moments is not None:
-                        block.moments.restart_()
-                        self.param_groups[0]["next_fold"] = self._steps + 1  # second moments in the new basis
-                    block.renew_gains_()
-        self._inverted = True
-        self._monitor.watch()
+        self._curvature.sample_fisher(output, loss, mask=mask, dim=dim)
 
     def _per_block(self, key: str) -> Tensor:
         like = self._store.samples
@@ -416,15 +289,7 @@ class KFAC(Optimizer):
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
-        if bool(self._store.counts.any()):
-            self._fold(self._steps)
-        if not self._any_seen:
-            raise NoStatisticsError("refresh() needs statistics: run loss.backward() first")
-        self._invert()
-
-    def _ensure_inverse(self) -> None:
-        if not self._inverted:
-            self.refresh()
+        self._curvature.refresh()
 
     # ---- the step
 
@@ -447,10 +312,11 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         steps = self._steps
-        if steps >= self.param_groups[0]["next_fold"] or not self._any_seen:
-            self._renew_statistics(steps)
-        if self._any_seen:
-            self._renew_inverses(steps)
+        curvature = self._curvature
+        if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
+            curvature.renew_statistics(steps)
+        if curvature.any_seen:
+            curvature.renew_inverses(steps)
         before = self._before(steps, evaluate)
         self._apply(steps)
         if before is not None:
@@ -460,56 +326,11 @@ class KFAC(Optimizer):
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
 
-    def _renew_statistics(self, steps: int) -> None:
-        """Region 1 and when it comes next; the adaptive rule also renews the inverses of what it has folded."""
-        self.param_groups[0]["next_fold"] = steps + self.options.steps_to_next_fold(steps)
-        rule = self.options.adaptive
-        if rule is None:
-            self._fold(steps)
-            return
-        due = self._due(steps)
-        if not any(due):
-            return
-        self._fold(steps)
-        if not self._any_seen:
-            return
-        similar = (self._store.changes() < rule.alpha**2).tolist()
-        for timer, is_due, (to_last, to_before) in zip(self._timers, due, similar, strict=True):
-            if is_due:
-                _, last, before = timer.tolist()
-                interval = rule.next(last, before, to_last, to_before)
-                timer.copy_(torch.tensor([steps + interval, interval, last]))
-        folded = [key for key, is_due in zip(self._store.keys, due, strict=True) if is_due]
-        self._invert(folded if self._inverted else None)
-
-    def _renew_inverses(self, steps: int) -> None:
-        """Region 2: all at once, or one part at a step until every inverse is new."""
-        if self.options.adaptive is not None and self._inverted:
-            return
-        clock = self.param_groups[0]
-        due = steps >= clock["next_inverse"] or not self._inverted
-        if due and clock["renewal"] == IDLE:
-            clock["next_inverse"] = steps + self.options.steps_to_next_inverse(steps)
-            if len(self._parts) == 1 or not self._inverted:
-                self._invert()
-                return
-            clock["renewal"] = 0
-        at = clock["renewal"]
-        if at != IDLE:
-            self._invert(self._parts[at], shifts=at == 0)
-            clock["renewal"] = at + 1 if at + 1 < len(self._parts) else IDLE
-
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
             group["step"] = steps
         self._switch.mask = None
-        wanted = steps >= self.param_groups[0]["next_fold"] or not self._any_seen
-        if self.options.adaptive is not None and self._any_seen:
-            due = due_blocks(self._store.keys, self._due(steps))
-            wanted = bool(due)
-            for block in self.blocks.values():
-                block.due = block.index in due
-        self.capture(wanted)
+        self.capture(self._curvature.wanted(steps))
 
     def _apply(self, steps: int) -> None:
         """Region 3: P = G^-1 D A^-1 for every block, its size, momentum, decay, update."""
@@ -523,11 +344,11 @@ class KFAC(Optimizer):
         norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
         loose = [cast("Tensor", p.grad) for _, params in self._loose() for p in params]
         of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
-        finite = torch.cat([*norms, *of_loose, self._damping_gain.new_zeros(1)]).sum().isfinite()
+        finite = torch.cat([*norms, *of_loose, self._curvature.damping_gain.new_zeros(1)]).sum().isfinite()
         healthy = known_true(finite)
         if not healthy:
-            self._events[0].add_(~finite)
-            self._monitor.watch()
+            self._curvature.events[0].add_(~finite)
+            self._curvature.monitor.watch()
         for each, scale in zip(work, scales(work, norms, self.options), strict=True):
             hyper = hyper_vector(each.group, steps, self.options, self._store.samples)
             if not healthy:
@@ -576,12 +397,14 @@ class KFAC(Optimizer):
         predicted = predicted_change(self.blocks.values(), before, self.options.loss_scale, units)
         sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
         ratio = reduction_ratio(sign * before.loss, sign * after, sign * predicted)
-        self._damping_gain.copy_(rule.adapt(self._damping_gain, ratio.to(self._damping_gain)))
+        self._curvature.damping_gain.copy_(
+            rule.adapt(self._curvature.damping_gain, ratio.to(self._curvature.damping_gain))
+        )
         if rule.reject:
             worse = ~(sign * after <= sign * before.loss)
             before.restore_(worse)
-            self._events[3].add_(worse.to(self._events.device))
-            self._monitor.watch()
+            self._curvature.events[3].add_(worse.to(self._curvature.events.device))
+            self._curvature.monitor.watch()
 
     # ---- state and reports
 
@@ -592,14 +415,7 @@ class KFAC(Optimizer):
         Raises StateMismatchError if the state is of another model or optimizer.
         """
         load_state_in_place(self, state_dict)
-        self._store.forget()
-        self._sampled = False
-        for block in self.blocks.values():
-            if block.moments is not None:
-                block.moments.sums.zero_()
-            block.renew_gains_()
-        self._any_seen = self._inverted = bool((self._store.folds > 0).any())
-        self._all_seen = False
+        self._curvature.resume()
         self._set_steps(self._steps)
 
     def capture(self, enabled: bool) -> None:
@@ -609,7 +425,7 @@ class KFAC(Optimizer):
     def detach(self) -> None:
         """Take the taps off the model; the optimizer can't step with fresh curvature afterwards."""
         self._switch.enabled = False
-        for handle in self._handles:
+        for handle in self._curvature.handles:
             handle.remove()
 
     def explain(self) -> Coverage:
@@ -630,7 +446,7 @@ class KFAC(Optimizer):
                 "failures": max(int(self._store.failures[r].max()) for r in rows),
                 "rung": RUNGS[max(int(self._store.rungs[r].max()) for r in rows)],
             }
-        counts = dict(zip(EVENTS, self._events.tolist(), strict=True))
-        gain = float(self._damping_gain) * self.options.damping_rule.factor(self._steps)
+        counts = dict(zip(EVENTS, self._curvature.events.tolist(), strict=True))
+        gain = float(self._curvature.damping_gain) * self.options.damping_rule.factor(self._steps)
         report["optimizer"] = {**counts, "damping_gain": gain}
         return report
