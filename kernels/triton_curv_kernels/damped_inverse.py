@@ -1,6 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
-# (Triton's language is untyped)
+# (Triton's launches are untyped)
 """X <- (F + s I)^-1 for many symmetric F at once, by hyperpower steps that start from the X of the last time.
 
 Shapes: lists over banks; inverses and factors (b, n, n), shifts (b,), any n. Dtype: fp32; the reference takes fp64, too.
@@ -29,91 +28,154 @@ matrix is left alone once ||R||_F is at rounding level or stops falling, or a co
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference
-from triton_curv_kernels.damped_inverse_config import DampedInverseConfig
+from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.damped_inverse_config import (
+    CONFIGS,
+    NUMERICS,
+    SMALL,
+    DampedInverseConfig,
+    DampedInverseProblem,
+    default_config,
+    prune,
+)
+from triton_curv_kernels.damped_inverse_kernels import (
+    bounds_kernel,
+    correction_kernel,
+    decide_kernel,
+    residual_kernel,
+    start_kernel,
+    update_kernel,
+)
+from triton_curv_kernels.damped_inverse_reference import BOUND_SLACK, TOLERANCE, damped_inverse_reference
+from triton_curv_kernels.damped_inverse_work import lay_out, make_work
 
-BOUND_SLACK = 1 + 1e-4  # on u: its rounding, and room between -1 and the least eigenvalue of R
-
-
-def damped_inverse_reference(
-    inverses: Sequence[Tensor], factors: Sequence[Tensor], shifts: Sequence[Tensor], iterations: int = 8, order: int = 3
-) -> Tensor:
-    """The steps as batched products, one bank after another; on CPU a bank ends when all its matrices have."""
-    if not inverses:
-        return torch.empty(0)
-    banks = zip(inverses, factors, shifts, strict=True)
-    return torch.cat([_invert_bank(x, f, s, iterations, order) for x, f, s in banks])
-
-
-def _invert_bank(inverse: Tensor, factor: Tensor, shift: Tensor, iterations: int, order: int) -> Tensor:
-    """`damped_inverse_reference` of one bank."""
-    n = factor.shape[-1]
-    if factor.numel() == 0:
-        return factor.new_zeros(len(factor))
-    identity = torch.eye(n, dtype=factor.dtype, device=factor.device)
-    damped = torch.addcmul(factor, identity, shift[:, None, None])
-    rows = damped.abs().sum(-1)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    upper = rows.amax(-1) * BOUND_SLACK
-    lower = torch.maximum(shift, (diagonal - (rows - diagonal.abs())).amin(-1))
-    cold_scale, cold_delta = 2 / (lower + upper), 2 * lower / (lower + upper)
-    may_stop_early = factor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-    of_zero = n**0.5
-    previous = torch.full_like(shift, of_zero)
-    delta = torch.ones_like(shift)  # 1 - rho; 1 where the step is plain
-    warm = torch.ones_like(shift, dtype=torch.bool)
-    done = torch.zeros_like(warm)
-    x = inverse
-    for _ in range(iterations):
-        residual_matrix = torch.baddbmm(identity, damped, x, alpha=-1)
-        residual = torch.linalg.vector_norm(residual_matrix, dim=(1, 2))
-        # what becomes of each matrix
-        restart = warm & ~done & ~((residual < 1) | (residual <= previous / 2))
-        warm = warm & ~restart
-        stalled = (previous < 0.5) & (residual > previous / 2)
-        diverged = ~warm & ~(residual <= 2 * of_zero)
-        done = done | (~restart & (stalled | diverged | (residual <= converged_residual(n, factor.dtype))))
-        if may_stop_early and bool(done.all()):
-            break
-        delta = torch.where(restart, cold_delta, torch.where(residual < 1, 1.0, delta))
-        previous = torch.where(restart, of_zero, residual)
-        # the step
-        start = identity * cold_scale[:, None, None]
-        at = restart[:, None, None]
-        x = torch.where(at, start, x)
-        residual_matrix = torch.where(at, torch.baddbmm(identity, damped, start, alpha=-1), residual_matrix)
-        curved = delta * (2 - delta)  # 1 - rho^2
-        correction = x @ residual_matrix
-        if order == 2:
-            weight = (2 / (1 + curved))[:, None, None]
-            stepped = weight * (x + correction)
-            delta = 2 * curved / (1 + curved)
-        else:
-            weight = (4 / (1 + 3 * curved))[:, None, None]
-            stepped = x + weight * torch.baddbmm(correction, correction, residual_matrix)
-            delta = delta * (3 - delta) ** 2 / (1 + 3 * curved)
-        x = torch.where(done[:, None, None], x, (stepped + stepped.mT) / 2)
-    else:
-        residual = torch.linalg.vector_norm(torch.baddbmm(identity, damped, x, alpha=-1), dim=(1, 2))
-    if x is not inverse:
-        inverse.copy_(x)
-    return residual
-
-
-def converged_residual(n: int, dtype: torch.dtype) -> float:
-    """||R||_F that rounding alone leaves of an n x n matrix: 4 units in each column's last place."""
-    return 4 * torch.finfo(dtype).eps * n**0.5
+__all__ = [
+    # the op, its reference and its launcher
+    "damped_inverse_",
+    "damped_inverse_reference",
+    "launch_damped_inverse_",
+    "supports",
+    # its configurations
+    "CONFIGS",
+    "NUMERICS",
+    "DampedInverseConfig",
+    "DampedInverseProblem",
+    "default_config",
+    "prune",
+]
 
 
 def supports(inverses: Sequence[Tensor], factors: Sequence[Tensor], shifts: Sequence[Tensor]) -> bool:
     """Whether the Triton path takes these dtypes: fp32. For others, fp64 say, the op takes the reference."""
     return all(t.dtype == torch.float32 for t in (*inverses, *factors, *shifts))
+
+
+def launch_damped_inverse_(
+    inverses: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    iterations: int = 8,
+    order: int = 3,
+    config: DampedInverseConfig | None = None,
+) -> Tensor:
+    """`damped_inverse_` by Triton, whatever the device.
+
+    Four launches a step (residual, decision, two products), whatever the number of matrices, and four around them.
+    Matrices of up to 32 x 32 are launched apart, unless there is a `config`. No host sync.
+    """
+    _check(inverses, factors, shifts, iterations, order)
+    if not supports(inverses, factors, shifts):
+        found = sorted({str(t.dtype) for t in (*inverses, *factors, *shifts)})
+        raise UnsupportedInputError(f"expected fp32 tensors, got {found}")
+    if not factors:
+        return torch.empty(0)
+    all_shifts = torch.cat(list(shifts))
+    residuals = torch.zeros_like(all_shifts)
+    places = list(accumulate((len(f) for f in factors), initial=0))
+    classes: dict[bool, list[int]] = {}
+    for index, factor in enumerate(factors):
+        if factor.numel() > 0:
+            classes.setdefault(config is None and factor.shape[-1] <= SMALL, []).append(index)
+    for members in classes.values():
+        largest = max(factors[i].shape[-1] for i in members)
+        chosen = config or default_config(DampedInverseProblem(largest, device_limits(factors[0].device)))
+        own = [[tensors[i] for i in members] for tensors in (inverses, factors)]
+        _iterate(*own, [places[i] for i in members], all_shifts, residuals, iterations, order, chosen)
+    return residuals
+
+
+def _iterate(
+    inverses: list[Tensor],
+    factors: list[Tensor],
+    places: list[int],
+    shifts: Tensor,
+    residuals: Tensor,
+    iterations: int,
+    order: int,
+    config: DampedInverseConfig,
+) -> None:
+    """All launches for the banks of one class: into workspaces, steps, and back."""
+    block_m, block_n, block_k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    device = shifts.device
+    shapes = [(len(f), f.shape[-1]) for f in factors]
+    banks, length = lay_out(shapes, block_n)
+    matrices, tiles, triangle, panels = make_work(shapes, places, block_n, block_m, device)
+    inverse, damped = (torch.zeros(length, dtype=torch.float32, device=device) for _ in range(2))
+    left, correction = (torch.empty(length, dtype=torch.float32, device=device) for _ in range(2))
+    inside, damped_inside = ([bank.view(memory) for bank in banks] for memory in (inverse, damped))
+    torch._foreach_copy_(inside, inverses)
+    torch._foreach_add_(inside, [x.mT for x in inverses])
+    torch._foreach_mul_(inside, 0.5)
+    torch._foreach_copy_(damped_inside, factors)
+    for a, place in zip(damped_inside, places, strict=True):
+        a.diagonal(dim1=-2, dim2=-1).add_(shifts.narrow(0, place, len(a)).unsqueeze(1))
+
+    count = len(matrices)
+    modes = torch.empty(count, dtype=torch.int32, device=device)
+    state = torch.empty((5, count), dtype=torch.float32, device=device)
+    partials = torch.empty(len(tiles), dtype=torch.float32, device=device)
+    bounds = torch.empty((len(panels), 2), dtype=torch.float32, device=device)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    products = {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    tolerance = TOLERANCE * torch.finfo(torch.float32).eps
+
+    def measure(last: bool) -> None:
+        wrap_triton(residual_kernel)[(len(tiles),)](
+            *(matrices, tiles, modes, inverse, damped, left, partials),
+            **products,
+            BLOCK_M=block_m,
+            PRECISION=config.residual_precision,
+        )
+        wrap_triton(decide_kernel)[(count,)](
+            *(matrices, modes, partials, state, residuals, count),
+            **blocks,
+            ORDER=order,
+            LAST=last,
+            TOLERANCE=tolerance,
+            BLOCK=1024,
+        )
+
+    wrap_triton(bounds_kernel)[(len(panels),)](matrices, panels, damped, bounds, BLOCK_N=block_n)
+    wrap_triton(start_kernel)[(count,)](
+        *(matrices, bounds, shifts, modes, state, count), SLACK=BOUND_SLACK, BLOCK_N=block_n, num_warps=1
+    )
+    control = (matrices, triangle, modes, state, count)
+    for _ in range(iterations):
+        measure(last=False)
+        wrap_triton(correction_kernel)[(len(triangle),)](
+            *control, inverse, damped, left, correction, **products, PRECISION=config.input_precision
+        )
+        wrap_triton(update_kernel)[(len(triangle),)](
+            *control, inverse, left, correction, **products, ORDER=order, PRECISION=config.input_precision
+        )
+    measure(last=True)
+    torch._foreach_copy_(inverses, inside)
 
 
 def _check(
@@ -147,8 +209,11 @@ def _damped_inverse_op(
     order: int = 3,
     config: list[int] | None = None,
 ) -> Tensor:
-    _check(inverses, factors, shifts, iterations, order)
-    return damped_inverse_reference(inverses, factors, shifts, iterations, order)
+    if use_reference(factors[0]) or not supports(inverses, factors, shifts):
+        _check(inverses, factors, shifts, iterations, order)
+        return damped_inverse_reference(inverses, factors, shifts, iterations, order)
+    parsed = None if config is None else DampedInverseConfig.from_ints(config)
+    return launch_damped_inverse_(inverses, factors, shifts, iterations, order, parsed)
 
 
 def damped_inverse_(
