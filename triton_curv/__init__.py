@@ -1,5 +1,6 @@
 """Curvature optimizers for PyTorch that are worth their cost."""
 
+from triton_curv.blocks import register_block
 from triton_curv.errors import (
     ConfigurationError,
     EvaluationModeError,
@@ -24,6 +25,8 @@ __all__ = [
     "Neumann",
     "NeumannInner",
     "NewtonCG",
+    # layers
+    "register_block",
     # errors
     "ClosureError",
     "ConfigurationError",

@@ -48,6 +48,8 @@ class FactorStore:
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.folds = torch.zeros(len(shapes), dtype=dtype, device=device)
+        self.units = torch.zeros((), dtype=dtype, device=device)
+        self.units_known = False
         keys: dict[int, list[FactorKey]] = {}
         for block, factors in enumerate(shapes):
             for name, shape in factors.items():
@@ -63,7 +65,7 @@ class FactorStore:
                 batch = shapes[key.block][key.name].batch
                 slices.append(slice(len(owner) - start, len(owner) - start + batch))
                 owner += [key.block] * batch
-                is_input += [key.name == "A"] * batch
+                is_input += [key.name[0] == "A"] * batch
             bank = Bank(size, slice(start, len(owner)), dtype, device)
             self.banks.append(bank)
             self._places.update(zip(members, ((bank, place) for place in slices), strict=True))
@@ -75,15 +77,30 @@ class FactorStore:
         self._pair_up(shapes, device)
 
     def _pair_up(self, shapes: Sequence[Mapping[str, FactorShape]], device: torch.device) -> None:
-        """Factors A and the G beside each (same block, same group), and lone factors F."""
+        """Factors A and the G beside each (same block, same group), and lone factors F.
+
+        The diagonal blocks of one factor are stood for by the first of them: `first_row` says which that is for each
+        row, and there `dimensions` holds the size of the whole factor.
+        """
         pairs: list[tuple[int, int]] = []
         single: list[int] = []
+        first_row = list(range(len(self.owner)))
+        sizes = [0] * len(self.owner)
         for block, factors in enumerate(shapes):
-            rows = {name: range(*self.rows(FactorKey(block, name)).indices(len(self.owner))) for name in factors}
-            if "F" in rows:
-                single += rows["F"]
+            first: dict[str, list[int]] = {}
+            for name, shape in factors.items():
+                start = self.rows(FactorKey(block, name)).start
+                heads = first.setdefault(name[0], list(range(start, start + shape.batch, shape.blocks)))
+                for i in range(shape.batch):
+                    first_row[start + i] = heads[i // shape.blocks]
+                    sizes[start + i] = shape.size
+            if "F" in first:
+                single += first["F"]
             else:
-                pairs += zip(rows["A"], rows["G"], strict=True)
+                pairs += zip(first["A"], first["G"], strict=True)
+        self.first_row = torch.tensor(first_row, dtype=torch.int64, device=device)
+        lengths = torch.tensor(sizes, dtype=self.samples.dtype, device=device)
+        self.dimensions = torch.zeros_like(lengths).index_add_(0, self.first_row, lengths)
         self.row_A = torch.tensor([a for a, _ in pairs], dtype=torch.int64, device=device)
         self.row_G = torch.tensor([g for _, g in pairs], dtype=torch.int64, device=device)
         self.row_F = torch.tensor(single, dtype=torch.int64, device=device)
@@ -100,8 +117,14 @@ class FactorStore:
         return whole[place]
 
     def seen(self) -> Tensor:
-        """Samples N of each block since the last fold."""
-        return self.counts[:, 1:].amax(1)
+        """Units N of each block since the last fold; 0 where its layer was not used."""
+        samples = self.counts[:, 1:].amax(1)
+        return torch.where(samples > 0, self.units, 0.0) if self.units_known else samples
+
+    def add_units(self, units: Tensor | float) -> None:
+        """Say what N is, where the size of the batch does not: tokens, unmasked positions. Adds up until the fold."""
+        self.units.add_(units)
+        self.units_known = True
 
     def pending(self, decay: float, signal_scale: float, summed: bool) -> tuple[Tensor, Tensor]:
         """What normalises the pending sum of each factor, and its weight in the moving average.
@@ -138,10 +161,13 @@ class FactorStore:
         self.folds.add_(samples > 0)
         self.samples.copy_(torch.where(samples > 0, samples, self.samples))
         self.counts.zero_()
+        self.units.zero_()
+        self.units_known = False
 
     def shifts(self, damping: Tensor, relative: Tensor) -> Tensor:
         """The multiple of I added to each factor, from lambda = damping + relative * mean eigenvalue, per block."""
-        means = torch.cat([bank.averages.diagonal(dim1=-2, dim2=-1).mean(-1) for bank in self.banks])
+        traces = torch.cat([bank.averages.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in self.banks])
+        means = torch.zeros_like(traces).index_add_(0, self.first_row, traces) / self.dimensions  # NaN if not first
         shifts = torch.empty_like(means)
         if len(self.row_A):
             mean_A, mean_G = means[self.row_A], means[self.row_G]
@@ -150,7 +176,7 @@ class FactorStore:
         if len(self.row_F):
             shifts[self.row_F] = self._damping(self.row_F, means[self.row_F], damping, relative)
         least = torch.finfo(shifts.dtype).tiny ** 0.5  # for a dead layer: its factor is 0, and so is lambda
-        return torch.where(shifts > 0, shifts, least)
+        return torch.where(shifts > 0, shifts, least)[self.first_row]
 
     def _damping(self, rows: Tensor, curvature: Tensor, damping: Tensor, relative: Tensor) -> Tensor:
         """lambda of each row; its relative part is measured over the whole block, so that a dead group is damped."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
-from triton_curv.blocks.rule import Rule
+from triton_curv.blocks.rule import MaskedSource, Rule, Source
+from triton_curv.blocks.side import times_left, times_right
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 
 
@@ -41,11 +42,28 @@ class Block:
         self._ensure_inverse = ensure_inverse
         squeeze = rule.matrix_shape[0] == 1
         self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
+        self._whole = all(shape.blocks == 1 for shape in rule.factor_shapes.values())
+        self._left = [inverse for factor, inverse in self.inverses.items() if factor[0] != "A"]
+        self._right = [inverse for factor, inverse in self.inverses.items() if factor[0] == "A"]
 
     @torch.no_grad()
-    def accumulate_(self, inputs: Tensor, grad_output: Tensor, training: bool, use: int) -> None:
-        """Add call number `use` of the layer in a forward, as seen in its backward pass."""
-        added = self.rule.accumulate_(self.sums, inputs, grad_output, training)
+    def accumulate_(
+        self,
+        inputs: Tensor,
+        grad_output: Tensor,
+        training: bool,
+        use: int,
+        source: Source | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Add call number `use` of the layer in a forward, as seen in its backward pass.
+
+        `source` takes the statistics if the layer is one of several of the block; `mask` tells real positions.
+        """
+        source = self.rule if source is None else source
+        if mask is not None and isinstance(source, MaskedSource):
+            source = source.masked(mask)
+        added = source.accumulate_(self.sums, inputs, grad_output, training)
         self.counts[0].add_(added.rows)
         if use < USES:
             self.counts[1 + use].add_(added.samples)
@@ -66,6 +84,9 @@ class Block:
     def solve(self, matrix: Tensor, out: Tensor) -> None:
         """out = G^-1 D A^-1, or F^-1 D; both (batch, rows, columns)."""
         operators = self._operators
+        if not self._whole:
+            out.copy_(times_right(times_left(self._left, matrix), self._right))
+            return
         if len(matrix) == 1:
             matrix, out = matrix[0], out[0]
         if "F" in operators:

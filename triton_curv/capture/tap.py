@@ -4,15 +4,15 @@ Both statistics are taken in backward, so nothing is counted twice under activat
 alive there anyway for the weight gradient. Module backward hooks would break `torch.compile(fullgraph=True)`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
-from triton_curv.blocks import Block
+from triton_curv.blocks import Block, Source
 
 
 class CaptureSwitch:
@@ -30,6 +30,7 @@ class CaptureSwitch:
         self.enabled = enabled
         self.saw_model = False
         self.calls: dict[str, int] = {}
+        self.mask: Tensor | None = None  # real positions of the coming forward, see `KFAC.count`
 
     def begin_forward(self) -> None:
         """The model's own forward starts."""
@@ -43,11 +44,22 @@ class CaptureSwitch:
         return use if self.saw_model else 0
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a tap sits: the block, the part of it that takes the statistics, and whether calls here count its uses."""
+
+    block: Block
+    source: Source
+    counted: bool = True
+
+
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, block: Block, training: bool, use: int) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.block = block
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, mask: Tensor | None, site: Site, training: bool, use: int
+    ) -> Tensor:
+        ctx.save_for_backward(*((inputs,) if mask is None else (inputs, mask)))
+        ctx.site = site
         ctx.training = training
         ctx.use = use
         # An alias autograd does not call a view: a view made here would forbid an in-place ReLU after the layer.
@@ -55,53 +67,55 @@ class _Tap(torch.autograd.Function):
         return alias
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inputs,) = ctx.saved_tensors
-        ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.use)
-        return grad_output, None, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        inputs, *rest = ctx.saved_tensors
+        site = ctx.site
+        site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, rest[0] if rest else None)
+        return grad_output, None, None, None, None, None
 
 
-class _ModelHook:
+def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, training: bool) -> Tensor:
+    """The output, whose backward hands `inputs` and its gradient to the site."""
+    use = switch.next_use(site.block.name) if site.counted else 0
+    tapped: Tensor = _Tap.apply(output, inputs.detach(), switch.mask, site, training, use)  # type: ignore[no-untyped-call]  # torch's
+    return tapped
+
+
+class ModelHook:
     """Tells the switch that the model's forward begins."""
 
     def __init__(self, switch: CaptureSwitch) -> None:
         self.switch = switch
 
     def __call__(self, module: Module, args: tuple[Any, ...]) -> None:
+        """Before the model's forward."""
         if self.switch.enabled:
             self.switch.begin_forward()
 
-    def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
-        return _NoHook, ()
+    def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:
+        return NoHook, ()
 
 
-class _LayerHook:
+class LayerHook:
     """Taps the output of one layer while the switch is on."""
 
-    def __init__(self, block: Block, switch: CaptureSwitch) -> None:
-        self.block = block
+    def __init__(self, site: Site, switch: CaptureSwitch) -> None:
+        self.site = site
         self.switch = switch
 
     def __call__(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """After the layer's forward."""
         if not (self.switch.enabled and torch.is_grad_enabled() and output.requires_grad):
             return None
-        inputs: Tensor = args[0] if args else kwargs["input"]
-        use = self.switch.next_use(self.block.name)
-        tapped: Tensor = _Tap.apply(output, inputs.detach(), self.block, module.training, use)  # type: ignore[no-untyped-call]  # torch's
-        return tapped
+        inputs: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+        return tap(output, inputs, self.site, self.switch, module.training)
 
-    def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
-        return _NoHook, ()
+    def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:
+        return NoHook, ()
 
 
-class _NoHook:
+class NoHook:
     """What a tap becomes in a copied or unpickled model: the copy's gradients are not this optimizer's statistics."""
 
     def __call__(self, *_: object) -> None:
-        return None
-
-
-def attach_taps(model: Module, blocks: Iterable[Block], switch: CaptureSwitch) -> list[RemovableHandle]:
-    """Register the forward hooks that tap every block's layer while `switch.enabled`."""
-    hooks = [block.rule.module.register_forward_hook(_LayerHook(block, switch), with_kwargs=True) for block in blocks]
-    return [model.register_forward_pre_hook(_ModelHook(switch)), *hooks]
+        """Nothing."""

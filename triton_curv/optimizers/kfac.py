@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triton_curv.blocks import Block, FactorStore, NormFisher
+from triton_curv.blocks import Block, FactorStore, LayerOptions, NormFisher, WeightSharing
 from triton_curv.capture import CaptureSwitch, attach_taps
 from triton_curv.coverage import Coverage, coverage_of
 from triton_curv.errors import ConfigurationError, NoStatisticsError
@@ -41,9 +41,11 @@ class KFAC(Optimizer):
 
     A averages over all rows of all calls of a layer. N, the samples the loss is a mean over, is the leading size of the
     layer's input, added up over the model's forwards since the last step; more calls in one forward add positions only.
+    Where the loss is a mean over something else (tokens, unmasked tokens), say so with `count()`.
 
     Args:
-        model: the module to train; blocks are made for its Linear, Conv1d/2d/3d and BatchNorm1d/2d/3d layers.
+        model: the module to train; blocks are made for its Linear, Conv, ConvTranspose, Embedding, normalisation and
+            MultiheadAttention layers, for tied weights, and for what `register_block` says.
         lr: step size. With `update_size="rms"` the root mean square of a layer's step, in units of the weights.
         momentum: in [0, 1). With "rms" an average of the last steps with bias correction, else heavy ball.
         nesterov: look one step ahead; None means yes for "rms" and no otherwise (the paper).
@@ -55,11 +57,16 @@ class KFAC(Optimizer):
         update_size: "rms" scales each layer's step to root mean square 1; "kl_clip" scales all steps by
             min(1, sqrt(kl_clip / (lr^2 sum <step, grad>))); "none" is the bare natural gradient of the paper.
         factor_decay: weight of the past in the factors' moving average, bias-corrected.
-        norm_fisher: "unit" (2x2 per channel), "diagonal" or "full", for batch normalisation.
+        norm_fisher: "unit" (2x2 per channel), "diagonal" or "full", for normalisation layers.
+        weight_sharing: "expand" or "reduce" (arXiv 2311.00636): whether positions of a sample (tokens, pixels) are rows
+            of their own, or are averaged (inputs) and summed (gradients) first.
+        max_factor_dim: factors with more rows are split into diagonal blocks or made diagonal; `explain()` says which.
+        batch_dim: the dimension of samples in inputs (samples, positions, features); 1 for (time, batch, features).
         reduction: how the loss reduces over its samples; with "sum", gradients are divided by the sample count.
         loss_scale: a constant the loss was multiplied with before backward(); gradients still carry it.
         grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
         groups: hyper-parameters by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; the first match wins.
+            Also norm_fisher, weight_sharing, max_factor_dim and batch_dim.
         maximize: ascend instead of descend.
 
     Raises:
@@ -87,6 +94,9 @@ class KFAC(Optimizer):
         factor_interval: int = 20,
         inverse_interval: int = 20,
         norm_fisher: NormFisher = "unit",
+        weight_sharing: WeightSharing = "expand",
+        max_factor_dim: int = 8192,
+        batch_dim: int = 0,
         reduction: Reduction = "mean",
         loss_scale: float = 1.0,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -96,7 +106,6 @@ class KFAC(Optimizer):
         choose("fisher", fisher, ("empirical",))
         choose("fallback", fallback, get_args(FallbackName))
         choose("update_size", update_size, get_args(UpdateSize))
-        choose("norm_fisher", norm_fisher, get_args(NormFisher))
         choose("reduction", reduction, get_args(Reduction))
         if factor_interval < 1 or inverse_interval < 1:
             raise ConfigurationError(
@@ -128,7 +137,8 @@ class KFAC(Optimizer):
             "relative_damping": relative_damping,
             "maximize": maximize,
         }
-        self._build(model, defaults, groups, lr if fallback_lr is None else fallback_lr, norm_fisher)
+        options = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, batch_dim)
+        self._build(model, defaults, groups, lr if fallback_lr is None else fallback_lr, options)
 
     # ---- construction
 
@@ -138,13 +148,13 @@ class KFAC(Optimizer):
         defaults: dict[str, Any],
         overrides: Sequence[Mapping[str, Any]],
         fallback_lr: float | Tensor,
-        norm_fisher: NormFisher,
+        options: LayerOptions,
     ) -> None:
         """Find the layers, lay out their state, attach the taps."""
-        rules, self._reasons = rules_of(model, norm_fisher)
+        rules, self._reasons = rules_of(model, options, overrides)
         if not rules:
             raise ConfigurationError(
-                "expected a model with at least one trainable Linear, Conv or BatchNorm layer, got none in "
+                "expected a model with at least one trainable layer that has a curvature block, got none in "
                 f"{type(model).__name__}"
             )
         names = {id(p): name for name, p in model.named_parameters()}
@@ -375,10 +385,37 @@ class KFAC(Optimizer):
         """
         load_state_in_place(self, state_dict)
         self._store.counts.zero_()
+        self._store.units.zero_()
+        self._store.units_known = False
         for bank in self._store.banks:
             bank.sums.zero_()
         self._any_seen = self._inverted = bool((self._store.folds > 0).any())
         self._set_steps(cast("int", self.param_groups[0]["step"]))
+
+    @torch.no_grad()
+    def count(self, units: float | Tensor | None = None, *, mask: Tensor | None = None) -> None:
+        """Say, before a forward, what its loss is a mean over: N = `units`; the samples of the batch if never called.
+
+        Args:
+            units: how many terms the loss averages: all tokens of a per-token loss, or the unmasked ones. Adds up over
+                the forwards since the last step, as samples do. None with a mask: `mask.sum()`.
+            mask: True at real positions, False at padding, (samples, positions). Layers that see as many positions
+                leave the others out of A, so that padding changes nothing; their gradients are zero already. Holds
+                until the next `count()` or `step()`. Linear, Embedding and attention layers use it; convolutions,
+                whose patches mix positions, don't.
+
+        On steps without statistics it does nothing.
+
+        """
+        if mask is not None and mask.dtype != torch.bool:
+            raise ConfigurationError(f"expected a boolean mask, True at real positions, got {mask.dtype}")
+        if not self._switch.enabled:
+            return
+        if units is None and mask is not None:
+            units = mask.sum()
+        if units is not None:
+            self._store.add_units(units)
+        self._switch.mask = mask
 
     def capture(self, enabled: bool) -> None:
         """Take statistics in the coming backward passes, or take none, until the next `step()` decides again."""
