@@ -15,22 +15,20 @@ from torch.nn import Module
 from triton_curv.blocks import Block, Source
 
 
-class CaptureSwitch:
-    """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
+class CallCounter:
+    """Counts the calls of each layer since the model's forward began.
 
-    `calls` counts the calls of each layer since the model's forward began: a layer called again in one forward adds
-    positions, not samples. Where only parts of the model are ever called, each call counts as a first one.
+    A layer called again in one forward adds positions, not samples. Where only parts of the model are ever called, each
+    call counts as a first one.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self.begin_step(enabled)
+    def __init__(self) -> None:
+        self.begin_step()
 
-    def begin_step(self, enabled: bool) -> None:
-        """A new step starts, with taps on or off."""
-        self.enabled = enabled
+    def begin_step(self) -> None:
+        """A new step starts."""
         self.saw_model = False
         self.calls: dict[str, int] = {}
-        self.mask: Tensor | None = None  # real positions of the coming forward, see `KFAC.count`
 
     def begin_forward(self) -> None:
         """The model's own forward starts."""
@@ -42,6 +40,38 @@ class CaptureSwitch:
         use = self.calls.get(name, 0)
         self.calls[name] = use + 1
         return use if self.saw_model else 0
+
+
+# `torch.compile` counts while it traces and keeps the numbers: a count that changes inside a region under activation
+# checkpointing would be a side effect that it refuses.
+@torch._dynamo.assume_constant_result
+def begin_forward(counter: CallCounter) -> bool:
+    """`counter.begin_forward()`."""
+    counter.begin_forward()
+    return True
+
+
+@torch._dynamo.assume_constant_result
+def next_use(counter: CallCounter, name: str) -> int:
+    """`counter.next_use(name)`."""
+    return counter.next_use(name)
+
+
+class CaptureSwitch:
+    """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
+
+    `mask` tells the real positions of the coming forward, see `KFAC.count`.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.counter = CallCounter()
+        self.begin_step(enabled)
+
+    def begin_step(self, enabled: bool) -> None:
+        """A new step starts, with taps on or off."""
+        self.enabled = enabled
+        self.mask: Tensor | None = None
+        self.counter.begin_step()
 
 
 @dataclass(frozen=True)
@@ -76,7 +106,7 @@ class _Tap(torch.autograd.Function):
 
 def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, training: bool) -> Tensor:
     """The output, whose backward hands `inputs` and its gradient to the site."""
-    use = switch.next_use(site.block.name) if site.counted else 0
+    use = next_use(switch.counter, site.block.name) if site.counted else 0
     tapped: Tensor = _Tap.apply(output, inputs.detach(), switch.mask, site, training, use)  # type: ignore[no-untyped-call]  # torch's
     return tapped
 
@@ -90,7 +120,7 @@ class ModelHook:
     def __call__(self, module: Module, args: tuple[Any, ...]) -> None:
         """Before the model's forward."""
         if self.switch.enabled:
-            self.switch.begin_forward()
+            begin_forward(self.switch.counter)
 
     def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:
         return NoHook, ()
