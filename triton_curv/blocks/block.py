@@ -42,7 +42,8 @@ class Block:
         self._ensure_inverse = ensure_inverse
         squeeze = rule.matrix_shape[0] == 1
         self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
-        self._whole = all(shape.blocks == 1 for shape in rule.factor_shapes.values())
+        shapes = rule.factor_shapes
+        self._whole = all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items())
         self._left = [inverse for factor, inverse in self.inverses.items() if factor[0] != "A"]
         self._right = [inverse for factor, inverse in self.inverses.items() if factor[0] == "A"]
 
