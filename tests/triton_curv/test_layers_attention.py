@@ -45,7 +45,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 }
 
 
-def setting(case: tuple[dict[str, Any], dict[str, Any], bool]) -> tuple[nn.MultiheadAttention, list[Tensor], dict[str, Any]]:
+def setting(
+    case: tuple[dict[str, Any], dict[str, Any], bool],
+) -> tuple[nn.MultiheadAttention, list[Tensor], dict[str, Any]]:
     """The module in float64, its query, key and value, and the other arguments of the call."""
     options, call, cross = case
     torch.manual_seed(0)
@@ -95,7 +97,7 @@ def test_the_tapped_forward_is_torchs(case: tuple[dict[str, Any], dict[str, Any]
             leaves = leaves[:1] * 3
         output, weights = run(module, leaves, arguments)
         module.zero_grad()
-        (output**3).sum().backward()
+        torch.autograd.backward((output**3).sum())
         grads = [p.grad for p in module.parameters()] + [x.grad for x in leaves]
         results.append([output, weights, *grads])
     for plain, tapped in zip(*results, strict=True):
@@ -114,9 +116,11 @@ class FourLinears(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, WIDTH, bias=bias).double() for width in widths)
         self.out = nn.Linear(WIDTH, WIDTH, bias=bias).double()
         self.out.load_state_dict(module.out_proj.state_dict())
-        weights = module.in_proj_weight.chunk(3) if module.in_proj_weight is not None else [
-            module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-        ]
+        weights = (
+            module.in_proj_weight.chunk(3)
+            if module.in_proj_weight is not None
+            else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+        )
         for i, layer in enumerate((self.q, self.k, self.v)):
             layer.weight.data.copy_(weights[i])
             if bias:
@@ -143,10 +147,10 @@ def twin_factors(
     def loss(output: Tensor) -> Tensor:
         return (output**3).flatten(1).sum(1).mean()
 
-    first = (lambda x: x) if module.batch_first else (lambda x: x.transpose(0, 1))
-    ours = captured(
-        module, lambda m: loss(first(m(*inputs, **arguments)[0])), damping=0.1, weight_sharing=sharing
-    )
+    def first(x: Tensor) -> Tensor:
+        return x if module.batch_first else x.transpose(0, 1)
+
+    ours = captured(module, lambda m: loss(first(m(*inputs, **arguments)[0])), damping=0.1, weight_sharing=sharing)
     # without a batch dimension in dimension 0, the twin sees its inputs flipped
     reference = captured(
         twin,
@@ -159,7 +163,8 @@ def twin_factors(
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(
-    "name", ["self", "self-batch-first", "no-bias", "padding", "cross", "cross-batch-first", "kdim-vdim", "kdim-no-bias"]
+    "name",
+    ["self", "self-batch-first", "no-bias", "padding", "cross", "cross-batch-first", "kdim-vdim", "kdim-no-bias"],
 )
 def test_blocks_are_those_of_four_linear_layers(name: str, sharing: str) -> None:
     module, inputs, arguments = setting(CASES[name])
@@ -214,7 +219,8 @@ def test_an_unbatched_sequence_is_one_sample() -> None:
     x = torch.randn(TARGETS, WIDTH, dtype=torch.float64)
     factors = []
     for inputs in (x, x[None]):
-        optimizer = captured(module, lambda m, x=inputs: (m(x, x, x)[0] ** 3).sum())
+        optimizer = kfac(module)
+        (module(inputs, inputs, inputs)[0] ** 3).sum().backward()
         factors.append({**optimizer.blocks[""].factors(), **optimizer.blocks["out_proj"].factors()})
         optimizer.detach()
         module.zero_grad()
@@ -284,8 +290,7 @@ def test_copies_are_not_tapped() -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_torchs_encoder_and_decoder_layers(norm_first: bool, batch_first: bool) -> None:
     torch.manual_seed(0)
-    options = {"dropout": 0.0, "batch_first": batch_first, "norm_first": norm_first}
-    model = nn.Transformer(6, 2, 1, 1, 8, **options).double()
+    model = nn.Transformer(6, 2, 1, 1, 8, dropout=0.0, batch_first=batch_first, norm_first=norm_first).double()
     optimizer = kfac(model, lr=0.01, batch_dim=int(not batch_first))
     assert optimizer.explain().covered == 1.0
     x, y = torch.randn(2, 3, 5, 6, dtype=torch.float64)

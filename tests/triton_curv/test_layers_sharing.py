@@ -44,7 +44,8 @@ def targets_at_positions(outputs: Tensor) -> Tensor:
     count, time, d = outputs.shape
     generator = torch.Generator().manual_seed(0)
     bases = torch.linalg.qr(torch.randn(count, time, d, d, generator=generator, dtype=outputs.dtype)).Q
-    return (outputs[:, :, None, :] - d / 2**0.5 * bases.mT).transpose(1, 2)
+    targets: Tensor = outputs[:, :, None, :] - d / 2**0.5 * bases.mT
+    return targets.transpose(1, 2)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -56,9 +57,7 @@ def test_expand_is_exact_where_the_loss_sums_over_positions(bias: bool, shape: t
         outputs = model(x).flatten(1, -2)
     time, d = outputs.shape[1:]
     y = targets_at_positions(outputs).flatten(0, 1)
-    expected = {
-        name: gram(jacobian(model, name, x, lambda out: out.flatten(1))) * (2 / d) for name in ("0", "1")
-    }
+    expected = {name: gram(jacobian(model, name, x, lambda out: out.flatten(1))) * (2 / d) for name in ("0", "1")}
     many = x.repeat_interleave(d, dim=0)
     optimizer = captured(model, lambda m: mse_loss(m(many).flatten(1, -2), y) * time)
     for name, block in optimizer.blocks.items():
@@ -74,7 +73,9 @@ REDUCE: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REDUCE.values(), ids=REDUCE.keys())
-def test_reduce_is_exact_where_positions_are_averaged(case: tuple[Callable[[], nn.Sequential], tuple[int, ...]]) -> None:
+def test_reduce_is_exact_where_positions_are_averaged(
+    case: tuple[Callable[[], nn.Sequential], tuple[int, ...]],
+) -> None:
     torch.manual_seed(0)
     model = case[0]().double()
     inputs = torch.randn(INPUTS, *case[1], dtype=torch.float64) + 0.5
@@ -109,12 +110,9 @@ def test_time_first_inputs_equal_batch_first_ones(sharing: str) -> None:
     x, y = torch.randn(5, TIME, 4, dtype=torch.float64), torch.randn(5, TIME, 4, dtype=torch.float64)
     factors = []
     for flip in (False, True):
-        optimizer = captured(
-            model,
-            lambda m, flip=flip: mse_loss(m(x.transpose(0, 1) if flip else x), y.transpose(0, 1) if flip else y),
-            weight_sharing=sharing,
-            batch_dim=int(flip),
-        )
+        inputs, targets = (x.transpose(0, 1), y.transpose(0, 1)) if flip else (x, y)
+        optimizer = kfac(model, weight_sharing=sharing, batch_dim=int(flip))
+        mse_loss(model(inputs), targets).backward()
         factors.append(optimizer.blocks["0"].factors())
         optimizer.detach()
     for name, value in factors[0].items():
@@ -177,9 +175,7 @@ def test_masked_factors_are_means_over_real_tokens() -> None:
     torch.manual_seed(0)
     model = Tagger().double()
     tokens, labels, mask = padded(6)
-    inputs, signal = observed(
-        model, "head", lambda m: cross_entropy(m(tokens, ~mask)[mask], labels[mask])
-    )
+    inputs, signal = observed(model, "head", lambda m: cross_entropy(m(tokens, ~mask)[mask], labels[mask]))
     _, factors = tagger_factors(6, told=True)
     units = int(mask.sum())
     torch.testing.assert_close(factors["head", "A"], second_moment(with_ones(inputs[mask])), rtol=1e-10, atol=0)

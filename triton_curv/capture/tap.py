@@ -44,14 +44,14 @@ class CallCounter:
 
 # `torch.compile` counts while it traces and keeps the numbers: a count that changes inside a region under activation
 # checkpointing would be a side effect that it refuses.
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def begin_forward(counter: CallCounter) -> bool:
     """`counter.begin_forward()`."""
     counter.begin_forward()
     return True
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def next_use(counter: CallCounter, name: str) -> int:
     """`counter.next_use(name)`."""
     return counter.next_use(name)
