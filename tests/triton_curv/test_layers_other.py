@@ -114,16 +114,20 @@ def transposed_factors(layer: _ConvTransposeNd, x: Tensor, g: Tensor) -> tuple[T
     dims = x.dim() - 2
     kernel, stride = [int(k) for k in layer.kernel_size], layer.stride
     padding, dilation = [int(p) for p in layer.padding], layer.dilation
+    places: list[tuple[int, ...]] = list(itertools.product(*(range(int(size)) for size in x.shape[2:])))
+    offsets: list[tuple[int, ...]] = list(itertools.product(*(range(k) for k in kernel)))
     rows_x, rows_g = [], []
-    for n in range(len(x)):
-        for where in itertools.product(*(range(int(size)) for size in x.shape[2:])):
-            rows_x.append(x[(n, slice(None), *where)])
-            patch = torch.zeros(g.shape[1], *kernel, dtype=g.dtype)
-            for offset in itertools.product(*(range(int(k)) for k in kernel)):
-                target = [where[d] * stride[d] - padding[d] + offset[d] * dilation[d] for d in range(dims)]
-                if all(0 <= t < size for t, size in zip(target, g.shape[2:], strict=True)):
-                    patch[(slice(None), *offset)] = g[(n, slice(None), *target)]
-            rows_g.append(patch.flatten())
+    for n, where in itertools.product(range(len(x)), places):
+        rows_x.append(x[n].flatten(1)[:, places.index(where)])
+        patch = torch.zeros(g.shape[1], len(offsets), dtype=g.dtype)
+        for i, offset in enumerate(offsets):
+            target = [where[d] * stride[d] - padding[d] + offset[d] * dilation[d] for d in range(dims)]
+            if all(0 <= t < size for t, size in zip(target, g.shape[2:], strict=True)):
+                pixel = g[n]
+                for t in target:
+                    pixel = pixel[:, t]
+                patch[:, i] = pixel
+        rows_g.append(patch.flatten())
     A, G = second_moment(torch.stack(rows_x)), second_moment(torch.stack(rows_g))
     return A, G * len(rows_g) / len(x)
 
