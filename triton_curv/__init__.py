@@ -1,6 +1,7 @@
 """Curvature optimizers for PyTorch that are worth their cost."""
 
 from triton_curv import augment, recipes, schedules
+from triton_curv.blocks import register_block
 from triton_curv.damping import ConstantDamping, DampingRule, LevenbergMarquardt, ScheduledDamping, WarmupDamping
 from triton_curv.errors import (
     ConfigurationError,
@@ -28,6 +29,8 @@ __all__ = [
     "Neumann",
     "NeumannInner",
     "NewtonCG",
+    # layers
+    "register_block",
     # damping
     "ConstantDamping",
     "DampingRule",

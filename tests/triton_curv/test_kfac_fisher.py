@@ -53,7 +53,7 @@ def test_exact_fisher_of_one_datum_is_the_gauss_newton_block_of_the_head(loss: s
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_exact_G_is_the_mean_over_samples(loss: str) -> None:
+def test_exact_factors_are_means_over_samples(loss: str) -> None:
     """G = (1/N) sum_n B_n^T H_n B_n, B_n the Jacobian of the outputs by the layer's bias; the head's B is I."""
     model, x = mlp(), torch.randn(7, 4, dtype=torch.float64)
     optimizer = sampled(model, x, loss)
@@ -183,7 +183,7 @@ def test_per_token_losses_with_ignore_index_are_normalised_by_their_tokens(how: 
     model, x = tokens()
     y = torch.where(MASK, torch.randint(0, 3, (3, 3)), -100)
     optimizer = kfac(model)
-    optimizer.count_units(MASK if how == "mask" else int(MASK.sum()))
+    optimizer.count(mask=MASK) if how == "mask" else optimizer.count(int(MASK.sum()))
     functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     reference, flat = packed_reference()
     functional.cross_entropy(reference._model(flat), y[MASK]).backward()

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
-from triton_curv.blocks.dense import DenseRule
 from triton_curv.blocks.moments import Moments
-from triton_curv.blocks.rule import Rule
+from triton_curv.blocks.rule import MaskedSource, Rule, Source
+from triton_curv.blocks.side import times_left, times_right
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.inverse import raised
 
@@ -39,7 +39,7 @@ class Block:
         self.sums = {factor: store.view("sums", key) for factor, key in keys.items()}
         self.inverses = {factor: store.view("inverses", key) for factor, key in keys.items()}
         self.gains: Tensor | None = None  # 1 / (eigenvalues + lambda), (batch, rows, columns), in an eigenbasis
-        if "A" in keys and store.has_spectra(keys["A"]):
+        if set(keys) == {"A", "G"} and store.has_spectra(keys["A"]):
             self.gains = torch.ones(rule.matrix_shape, dtype=store.samples.dtype, device=store.samples.device)
         self.moments: Moments | None = None
         self.due = True  # whether the next backward pass is to give statistics of this block
@@ -49,30 +49,30 @@ class Block:
         self._ensure_inverse = ensure_inverse
         squeeze = rule.matrix_shape[0] == 1
         self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
+        shapes = rule.factor_shapes
+        self._whole = all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items())
+        self._left = [inverse for factor, inverse in self.inverses.items() if factor[0] != "A"]
+        self._right = [inverse for factor, inverse in self.inverses.items() if factor[0] == "A"]
 
     @torch.no_grad()
     def accumulate_(
-        self, inputs: Tensor, grad_output: Tensor, training: bool, use: int, mask: Tensor | None = None
+        self,
+        inputs: Tensor,
+        grad_output: Tensor,
+        training: bool,
+        use: int,
+        source: Source | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         """Add call number `use` of the layer in a forward, as seen in its backward pass.
 
-        `mask` is True where a position counts; layers that have a row for each of its elements leave out the others.
+        `source` takes the statistics if the layer is one of several of the block; `mask` tells real positions.
         """
-        rows_masked = (
-            mask is not None and isinstance(self.rule, DenseRule) and inputs.shape[:-1].numel() == mask.numel()
-        )
-        if rows_masked:
-            assert mask is not None
-            inputs = inputs * mask.reshape(inputs.shape[:-1])[..., None]
-        added = self.rule.accumulate_(self.sums, inputs, grad_output, training)
+        source = self.rule if source is None else source
+        if mask is not None and isinstance(source, MaskedSource):
+            source = source.masked(mask)
+        added = source.accumulate_(self.sums, inputs, grad_output, training)
         self.counts[0].add_(added.rows)
-        if rows_masked:
-            assert mask is not None
-            assert isinstance(self.rule, DenseRule)
-            left_out = added.rows - mask.sum()
-            self.counts[0].sub_(left_out)
-            if self.rule.has_bias:  # the corner counts rows
-                self.sums["A"][0, -1, -1].sub_(left_out)
         if use < USES:
             self.counts[1 + use].add_(added.samples)
         if self.moments is not None:
@@ -110,6 +110,9 @@ class Block:
     def solve(self, matrix: Tensor, out: Tensor) -> None:
         """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
         operators, gains = self._operators, self.gains
+        if not self._whole:
+            out.copy_(times_right(times_left(self._left, matrix), self._right))
+            return
         if len(matrix) == 1:
             matrix, out = matrix[0], out[0]
         if gains is not None:

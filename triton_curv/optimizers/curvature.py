@@ -88,15 +88,17 @@ class Curvature:
         how = self.options.normalisation(self.signal_scale)
         return {name: self.store.peek(key, how) for name, key in block.keys.items()}
 
-    @torch.no_grad()
-    def count_units(self, units: Tensor | float) -> None:
-        """See `KFAC.count_units`."""
+    def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
+        """See `KFAC.count`."""
+        if mask is not None and mask.dtype != torch.bool:
+            raise ConfigurationError(f"expected a boolean mask, True at real positions, got {mask.dtype}")
         if not self.switch.enabled:
             return
-        if isinstance(units, Tensor) and units.dtype == torch.bool:
-            self.switch.mask = units
-            units = units.sum()
-        self.store.add_units(units)
+        if units is None and mask is not None:
+            units = mask.sum()
+        if units is not None and self.options.fisher == "empirical":  # sample_fisher counts its own
+            self.store.add_units(units)
+        self.switch.mask = mask
 
     def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
         """See `KFAC.sample_fisher`."""
@@ -112,12 +114,12 @@ class Curvature:
         self.draws += 1
         sent = signals(output, loss, exact=options.fisher == "exact", mask=mask, dim=dim, generator=generator)
         store.add_units(sent.units)
-        switch.recording, switch.mask = True, mask
+        before, switch.recording, switch.mask = switch.mask, True, mask
         try:
             for source, gradient in sent.passes:
                 torch.autograd.grad(source, [switch.anchor], gradient, retain_graph=True, allow_unused=True)
         finally:
-            switch.recording, switch.mask = False, None
+            switch.recording, switch.mask = False, before
         if switch.traced:
             store.stash()
         self.sampled = True

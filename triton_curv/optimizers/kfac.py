@@ -1,13 +1,13 @@
 """K-FAC: natural gradient with Kronecker-factored curvature (arXiv 1811.12019, 2002.06015)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triton_curv.blocks import NormFisher
+from triton_curv.blocks import LayerOptions, NormFisher, WeightSharing
 from triton_curv.coverage import Coverage, coverage_of
 from triton_curv.damping import ConstantDamping, DampingRule
 from triton_curv.errors import ConfigurationError
@@ -18,7 +18,7 @@ from triton_curv.optimizers.apply import Work, hyper_vector, precondition, resca
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
 from triton_curv.optimizers.fisher import FisherName, Loss
-from triton_curv.optimizers.groups import check_hyper_parameters, choose, param_groups_of, rules_of
+from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
@@ -37,10 +37,11 @@ class KFAC(Optimizer):
 
     A averages over all rows of all calls of a layer. N, the samples the loss is a mean over, is the leading size of the
     layer's input, added up over the model's forwards since the last step; more calls in one forward add positions only.
-    Where the loss is a mean over something else, tokens that are not padding say, `count_units` tells.
+    Where the loss is a mean over something else (tokens, unmasked tokens), say so with `count()`.
 
     Args:
-        model: the module to train; blocks are made for its Linear, Conv1d/2d/3d and BatchNorm1d/2d/3d layers.
+        model: the module to train; blocks are made for its Linear, Conv, ConvTranspose, Embedding, normalisation and
+            MultiheadAttention layers, for tied weights, and for what `register_block` says.
         lr: step size. With `update_size="rms"` the root mean square of a layer's step, in units of the weights.
         momentum: in [0, 1). With "rms" an average of the last steps with bias correction, else heavy ball.
         weight_decay: decoupled, w <- (1 - lr weight_decay) w.
@@ -49,7 +50,8 @@ class KFAC(Optimizer):
             more backward pass in `sample_fisher`, which must be called. "exact": of all outputs, one pass each.
         fallback: "adamw" or "sgd", for parameters without a block, at `fallback_lr` (default: `lr`).
         groups: hyper-parameters by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; the first match wins.
-            A group's `damping` may be a multiple of the others' (the paper's BN damping).
+            Also norm_fisher, weight_sharing, max_factor_dim and batch_dim. A group's `damping` may be a multiple of
+            the others' (the paper's BN damping).
 
     Args, how often and how curvature is inverted:
         factor_interval: steps between statistics, an `EpochInterval`, or an `AdaptiveInterval` for each statistic,
@@ -63,7 +65,11 @@ class KFAC(Optimizer):
             of the mean, which vanishes with the batch size, not the mean of squares. The step after a change of basis
             takes statistics, too.
         factor_decay: weight of the past in the factors' moving average, bias-corrected.
-        norm_fisher: "unit" (2x2 per channel), "diagonal" or "full", for batch normalisation.
+        norm_fisher: "unit" (2x2 per channel), "diagonal" or "full", for normalisation layers.
+        weight_sharing: "expand" or "reduce" (arXiv 2311.00636): whether positions of a sample (tokens, pixels) are rows
+            of their own, or are averaged (inputs) and summed (gradients) first.
+        max_factor_dim: factors with more rows are split into diagonal blocks or made diagonal; `explain()` says which.
+        batch_dim: the dimension of samples in inputs (samples, positions, features); 1 for (time, batch, features).
 
     Args, the size of the step:
         relative_damping: the part of lambda that scales with curvature; default 0.03, and 0 if `damping` is given.
@@ -112,13 +118,15 @@ class KFAC(Optimizer):
         inverse: InverseName = "cholesky",
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
+        weight_sharing: WeightSharing = "expand",
+        max_factor_dim: int = 8192,
+        batch_dim: int = 0,
         reduction: Reduction = "mean",
         loss_scale: float = 1.0,
         grad_scaler: torch.amp.GradScaler | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
     ) -> None:
-        choose("norm_fisher", norm_fisher, get_args(NormFisher))
         self.options = KFACOptions(
             fisher=fisher,
             fallback=fallback,
@@ -149,7 +157,8 @@ class KFAC(Optimizer):
             "relative_damping": relative_damping,
             "maximize": maximize,
         }
-        self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, norm_fisher)
+        layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, batch_dim)
+        self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, layers)
 
     # ---- construction
 
@@ -158,14 +167,14 @@ class KFAC(Optimizer):
         defaults: dict[str, Any],
         overrides: Sequence[Mapping[str, Any]],
         fallback_lr: float | Tensor,
-        norm_fisher: NormFisher,
+        layers: LayerOptions,
     ) -> None:
         """Find the layers, lay out their state, attach the taps."""
         model, options = self._model, self.options
-        rules, self._reasons = rules_of(model, norm_fisher)
+        rules, self._reasons = rules_of(model, layers, overrides)
         if not rules:
             raise ConfigurationError(
-                "expected a model with at least one trainable Linear, Conv or BatchNorm layer, got none in "
+                "expected a model with at least one trainable layer that has a curvature block, got none in "
                 f"{type(model).__name__}"
             )
         names = {id(p): name for name, p in model.named_parameters()}
@@ -243,16 +252,21 @@ class KFAC(Optimizer):
         return cast("int", self.param_groups[0]["step"])
 
     @torch.no_grad()
-    def count_units(self, units: Tensor | float) -> None:
-        """Say over how many units the coming loss is a mean, where they are not the samples of the batch.
+    def count(self, units: float | Tensor | None = None, *, mask: Tensor | None = None) -> None:
+        """Say, before a forward, what its loss is a mean over: N = `units`; the samples of the batch if never called.
 
         Args:
-            units: their number; or a boolean mask that is True where a position (token) counts, before `backward()`.
-                Linear layers with a row for each position then leave the others out of A. Call it for each micro-batch.
-                Compiled models take the number only.
+            units: how many terms the loss averages: all tokens of a per-token loss, or the unmasked ones. Adds up over
+                the forwards since the last step, as samples do. None with a mask: `mask.sum()`.
+            mask: True at real positions, False at padding, (samples, positions). Layers that see as many positions
+                leave the others out of A, so that padding changes nothing; their gradients are zero already. Holds
+                until the next `count()` or `step()`. Linear, Embedding and attention layers use it; convolutions,
+                whose patches mix positions, don't.
+
+        On steps without statistics it does nothing.
 
         """
-        self._curvature.count_units(units)
+        self._curvature.count(units, mask)
 
     def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
         """Statistics by backward passes of their own from the model's `output`; call it before `loss.backward()`.
