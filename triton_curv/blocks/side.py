@@ -63,7 +63,7 @@ class Side:
                 total[:, -1].add_(scale * rows.shape[-2])
             return
         start = 0
-        for key, (_, width, count) in self.shapes.items():
+        for key, (_, width, count, _) in self.shapes.items():
             factor = sums[key].view(self.groups, count, width, width)
             for block in range(count):
                 stop = start + width
