@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import triton_curv as tc
 from tests.support.small_net import batches, small_net, train, weights
-from triton_curv.optimizers.kfac import UpdateSize
+from triton_curv.optimizers.kfac_options import UpdateSize
 
 
 @pytest.mark.parametrize("update_size", ["rms", "kl_clip", "none"])

@@ -67,7 +67,7 @@ def test_exact_factors_are_means_over_samples(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "distribution"])
-def test_sampled_fisher_is_the_exact_one_on_average(loss: str) -> None:
+def test_sampled_fisher_is_the_exact_one_on_average(loss: Any) -> None:
     model, x = mlp(), torch.randn(2, 4, dtype=torch.float64)
     kind = "cross_entropy" if loss == "distribution" else loss
     exact = sampled(model, x, kind)
@@ -108,7 +108,7 @@ def test_the_training_gradient_is_untouched_and_adds_nothing(fisher: str) -> Non
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@torch._functorch.config.patch(donated_buffer=False)
+@torch._functorch.config.patch(donated_buffer=False)  # type: ignore[untyped-decorator]  # torch's
 def test_compiled_taps_give_the_sampled_statistics(backend: str) -> None:
     factors = []
     for compiled in (False, True):
@@ -233,7 +233,7 @@ def test_sampled_fisher_trains() -> None:
     x, y = batches(1)[0]
     start = weights(model)
     losses = []
-    for _ in range(40):
+    for _ in range(80):
         output = model(x)
         optimizer.sample_fisher(output, "cross_entropy")
         loss = functional.cross_entropy(output, y)

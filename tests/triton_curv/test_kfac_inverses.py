@@ -203,7 +203,7 @@ def test_the_parts_of_a_budget_cost_about_the_same() -> None:
 def test_averages_take_half_the_memory_of_dense_ones() -> None:
     model = nn.Sequential(nn.Linear(63, 64, bias=False))
     optimizer = tc.KFAC(model)
-    state = optimizer.state[model[0].weight]
+    state = optimizer.state[model.get_parameter("0.weight")]
     assert state["A"].shape == (63 * 64 // 2,)
     assert state["G"].shape == (64 * 65 // 2,)
     train(model, optimizer, [(torch.randn(5, 63), torch.randint(0, 64, (5,)))])

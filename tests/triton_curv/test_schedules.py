@@ -76,7 +76,7 @@ def test_adaptive_rule_goes_by_each_statistic() -> None:
         (model(x) * torch.randn(6, 3) * 3.0**step).sum().backward()
         optimizer.step()
         for name, kept in intervals.items():
-            kept.append(int(optimizer.state[model[0].weight][f"{name}_refresh"][1]))
+            kept.append(int(optimizer.state[model.get_parameter("0.weight")][f"{name}_refresh"][1]))
     assert intervals["A"][-1] > 3
     assert set(intervals["G"]) == {1}
 
@@ -181,7 +181,8 @@ def dense_times(block: Any, matrix: Tensor, damping: float) -> Tensor:
     A, G = (f if f.dim() == 3 else f[None] for f in (factors["A"], factors["G"]))
     pi = (A.diagonal(dim1=1, dim2=2).mean() / G.diagonal(dim1=1, dim2=2).mean()).sqrt()
     eye_A, eye_G = (torch.eye(f.shape[-1], dtype=f.dtype) for f in (A, G))
-    return (G + damping**0.5 / pi * eye_G) @ matrix @ (A + damping**0.5 * pi * eye_A)
+    product: Tensor = (G + damping**0.5 / pi * eye_G) @ matrix @ (A + damping**0.5 * pi * eye_A)
+    return product
 
 
 def test_a_step_on_the_models_own_minimum_has_ratio_one() -> None:

@@ -17,7 +17,7 @@ from triton_curv.blocks.side import Side
 class ConvRowsRule(ConvRule):
     """`ConvRule` whose rows are whole samples (`reduce`) or whose factors are split or diagonal.
 
-    A split factor's coordinates are in the order in which they are kept: kernel position first, channel last.
+    A split factor's coordinates are in the order of `weight.flatten(1)`, as a whole one's.
     """
 
     def __init__(self, module: _ConvNd, params: Mapping[str, Parameter], options: LayerOptions) -> None:
@@ -41,7 +41,7 @@ class ConvRowsRule(ConvRule):
             patches, signal = patches.mean(2), signal.sum(2)
         else:
             patches, signal = patches.flatten(1, 2), signal.flatten(1, 2)
-        self.input_side.accumulate_(sums, patches, self.has_bias)
+        self.input_side.accumulate_(sums, patches[..., self.weight_order[: self.fan_in]], self.has_bias)
         self.output_side.accumulate_(sums, signal)
         return Uses(samples, patches.shape[1])
 

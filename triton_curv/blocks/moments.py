@@ -17,7 +17,7 @@ def has_sample_rows(rule: Rule) -> bool:
     """Whether `sample_rows` knows the layer family: its rows are those of A and G, samples first."""
     if isinstance(rule, DenseRule):
         return rule.options.weight_sharing == "expand" and rule.options.batch_dim == 0
-    return isinstance(rule, ConvRule)
+    return type(rule) is ConvRule
 
 
 def sample_rows(rule: Rule, inputs: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
