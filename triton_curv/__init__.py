@@ -1,5 +1,8 @@
 """Curvature optimizers for PyTorch that are worth their cost."""
 
+from triton_curv import augment, recipes, schedules
+from triton_curv.blocks import register_block
+from triton_curv.damping import ConstantDamping, DampingRule, LevenbergMarquardt, ScheduledDamping, WarmupDamping
 from triton_curv.errors import (
     ConfigurationError,
     EvaluationModeError,
@@ -8,12 +11,14 @@ from triton_curv.errors import (
     StateMismatchError,
     TritonCurvError,
 )
+from triton_curv.health import NumericalWarning
 from triton_curv.operators.errors import ClosureError, NoGraphError, NonFiniteError, UnsupportedOpError
 from triton_curv.optimizers.kfac import KFAC
 from triton_curv.optimizers.neumann import Neumann
 from triton_curv.optimizers.neumann_inner import NeumannInner
 from triton_curv.optimizers.newton_cg import NewtonCG
 from triton_curv.optimizers.sgn import SGN
+from triton_curv.schedules import AdaptiveInterval, EpochInterval, PolynomialDecay
 from triton_curv_autotune import install as _install_chooser
 
 __version__ = "0.1.0"
@@ -27,7 +32,24 @@ __all__ = [
     "Neumann",
     "NeumannInner",
     "NewtonCG",
-    # errors
+    # layers
+    "register_block",
+    # damping
+    "ConstantDamping",
+    "DampingRule",
+    "LevenbergMarquardt",
+    "ScheduledDamping",
+    "WarmupDamping",
+    # schedules
+    "AdaptiveInterval",
+    "EpochInterval",
+    "PolynomialDecay",
+    # rooms of their own
+    "augment",
+    "recipes",
+    "schedules",
+    # errors and warnings
+    "NumericalWarning",
     "ClosureError",
     "ConfigurationError",
     "EvaluationModeError",

@@ -8,15 +8,16 @@ from typing import Any
 from torch.nn import Parameter
 
 from triton_curv.blocks import Block
+from triton_curv.packing import packed_size
 
 
 @dataclass(frozen=True)
 class CoverageRow:
     """One parameter: who trains it (`trainer`), with which curvature and how exact (`note`), and what that costs.
 
-    `factors` holds the factor shapes, `factor_bytes` their memory (averages, sums and inverses), `solve_flops` the
-    work of one preconditioning, `bytes_sent` what a step sends to other ranks. Costs stand in the row of a block's
-    first parameter.
+    `factors` holds the factor shapes, `factor_bytes` the memory of their sums and averages and `inverse_bytes` that of
+    the inverses, `solve_flops` the work of one preconditioning, `bytes_sent` what a step sends to other ranks. Costs
+    stand in the row of a block's first parameter.
     """
 
     parameter: str
@@ -27,6 +28,7 @@ class CoverageRow:
     factor_bytes: int = 0
     solve_flops: int = 0
     bytes_sent: int = 0
+    inverse_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,17 @@ class Coverage:
         return sum(math.prod(row.shape) for row in self.rows if row.trainer == "kfac") / max(total, 1)
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "trained by", "factors", "KiB", "kFLOP", "bytes sent", "curvature")
+        head = (
+            "parameter",
+            "shape",
+            "trained by",
+            "factors",
+            "factors KiB",
+            "inverses KiB",
+            "kFLOP",
+            "bytes sent",
+            "curvature",
+        )
         cells = [
             (
                 row.parameter,
@@ -50,6 +62,7 @@ class Coverage:
                 row.trainer,
                 row.factors,
                 f"{row.factor_bytes / 1024:.1f}" if row.factors else "",
+                f"{row.inverse_bytes / 1024:.1f}" if row.factors else "",
                 f"{row.solve_flops / 1e3:.1f}" if row.factors else "",
                 str(row.bytes_sent) if row.factors else "",
                 row.note,
@@ -61,7 +74,11 @@ class Coverage:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in [head, *cells]
         ]
-        lines.append(f"{self.covered:.1%} of the trained numbers have a curvature block")
+        factors, inverses = (sum(getattr(row, f"{kind}_bytes") for row in self.rows) for kind in ("factor", "inverse"))
+        lines.append(
+            f"{self.covered:.1%} of the trained numbers have a curvature block; "
+            f"factors take {factors / 2**20:.1f} MiB, inverses {inverses / 2**20:.1f} MiB"
+        )
         return "\n".join(lines)
 
 
@@ -87,12 +104,15 @@ def coverage_of(
             costs: dict[str, Any] = {}
             if block.name not in described:
                 described.add(block.name)
-                batch, height, width = block.rule.matrix_shape
-                sides = (height + width) if "A" in shapes else height
+                _, height, width = block.rule.matrix_shape
+                across = {name: height if name[0] == "A" else width for name in shapes}
                 costs = {
                     "factors": ", ".join(f"{k} {s.batch}x{s.size}x{s.size}" for k, s in shapes.items()),
-                    "factor_bytes": 3 * sum(t.numel() * t.element_size() for t in block.sums.values()),
-                    "solve_flops": 2 * batch * height * width * sides,
+                    "factor_bytes": sum(
+                        t.element_size() * (t.numel() + len(t) * packed_size(t.shape[-1])) for t in block.sums.values()
+                    ),
+                    "inverse_bytes": sum(t.numel() * t.element_size() for t in block.inverses.values()),
+                    "solve_flops": sum(2 * s.batch * s.size**2 * across[name] for name, s in shapes.items()),
                 }
             rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", block.rule.approximation, **costs))
     return Coverage(tuple(rows))

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import triton_curv as tc
 from tests.support.small_net import batches, small_net, train, weights
-from triton_curv.optimizers.kfac import UpdateSize
+from triton_curv.optimizers.kfac_options import UpdateSize
 
 
 @pytest.mark.parametrize("update_size", ["rms", "kl_clip", "none"])
@@ -221,7 +221,12 @@ def test_groups_by_module_pattern() -> None:
         ({"lr": -1.0}, "lr >= 0, got -1"),
         ({"momentum": 1.0}, "momentum"),
         ({"damping": float("nan")}, "damping"),
-        ({"fisher": "sampled"}, "fisher"),
+        ({"fisher": "joint"}, "fisher"),
+        ({"inverse": "lu"}, "inverse"),
+        ({"rescale": "always"}, "rescale"),
+        ({"ekfac": True}, "eigen"),
+        ({"refresh_budget": 0}, "refresh_budget"),
+        ({"factor_interval": tc.AdaptiveInterval(), "refresh_budget": 1}, "AdaptiveInterval"),
         ({"fallback": "lion"}, "fallback"),
         ({"update_size": "big"}, "update_size"),
         ({"norm_fisher": "half"}, "norm_fisher"),
@@ -236,14 +241,14 @@ def test_bad_arguments_are_named(settings: dict[str, Any], message: str) -> None
 
 def test_a_model_without_any_block_is_refused() -> None:
     with pytest.raises(tc.ConfigurationError, match="at least one"):
-        tc.KFAC(nn.Sequential(nn.LayerNorm(3)))
+        tc.KFAC(nn.Sequential(nn.PReLU(3)))
 
 
 # ---- every parameter is trained
 
 
 class Mixed(nn.Module):
-    """Embedding and layer norm have no block yet; one Linear is tied, one frozen, one unused."""
+    """One Linear is tied to the embedding, one frozen, one unused; the PReLU has no block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,9 +260,10 @@ class Mixed(nn.Module):
         self.unused = nn.Linear(5, 5)
         self.head = nn.Linear(5, 7, bias=False)
         self.head.weight = self.embed.weight
+        self.act = nn.PReLU()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.frozen(self.hidden(self.norm(self.embed(tokens)))).relu())
+        out: Tensor = self.head(self.act(self.frozen(self.hidden(self.norm(self.embed(tokens))))))
         return out
 
 
@@ -269,9 +275,10 @@ def test_explain_names_every_parameter_and_fallback_trains_it(fallback: Any) -> 
     rows = {row.parameter: row for row in optimizer.explain().rows}
     assert set(rows) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert rows["hidden.weight"].trainer == "kfac"
-    assert "shared" in rows["embed.weight"].note
-    assert rows["embed.weight"].trainer == fallback
-    assert "LayerNorm" in rows["norm.weight"].note
+    assert "embedding and head" in rows["embed.weight"].note
+    assert rows["embed.weight"].trainer == "kfac"
+    assert "PReLU" in rows["act.weight"].note
+    assert rows["act.weight"].trainer == fallback
     assert "frozen" in rows["frozen.bias"].note
     assert "norm.weight" in str(optimizer.explain())
 
@@ -287,7 +294,7 @@ def test_explain_names_every_parameter_and_fallback_trains_it(fallback: Any) -> 
 
 @pytest.mark.parametrize("update_size", ["rms", "kl_clip", "none"])
 def test_a_step_without_any_gradient_changes_nothing(update_size: UpdateSize) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    model = nn.Sequential(nn.Linear(4, 3), nn.PReLU(3))
     optimizer = tc.KFAC(model, update_size=update_size, groups=[{"modules": "1", "lr": 0.1}])
     before = weights(model)
     optimizer.step()
@@ -299,7 +306,7 @@ def test_a_step_without_any_gradient_changes_nothing(update_size: UpdateSize) ->
 
 def test_fallback_is_torch_adamw() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 1))
+    model = nn.Sequential(nn.PReLU(4, init=1.0), nn.Linear(4, 1))
     twin = copy.deepcopy(model)
     optimizer = tc.KFAC(model, lr=0.0, fallback_lr=0.01, weight_decay=0.1)
     reference = torch.optim.AdamW(twin[0].parameters(), lr=0.01, weight_decay=0.1)

@@ -1,6 +1,6 @@
 """Storage of all factors: those of one size lie in one (batch, n, n) tensor, so that each operation is one call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,9 +9,19 @@ from torch import Tensor
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.damping import kronecker_shifts
 from triton_curv.hostcheck import known_true
-from triton_curv.inverse import damped_inverse, raised, stand_in
+from triton_curv.inverse import (
+    InverseName,
+    damp_,
+    damped_inverse,
+    eigenbasis,
+    hyperpower_inverse,
+    raised,
+    stand_in,
+)
+from triton_curv.packing import diagonal_places, pack, packed_size, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
+SLIVER = 1e-30  # a squared norm below it is that of a dead factor
 
 
 class FactorKey(NamedTuple):
@@ -21,136 +31,296 @@ class FactorKey(NamedTuple):
     name: str
 
 
+class Normalisation(NamedTuple):
+    """How pending sums become statistics: the moving average's decay, and the scale and reduction of the signal."""
+
+    decay: float
+    signal_scale: float
+    summed: bool
+
+
 class Bank:
     """Factors of size n x n: unnormalised sums since the last fold, their moving average, and its damped inverses.
 
-    `rows` is the bank's place in the vectors that hold one number for each factor of the store.
+    `averages` holds packed triangles (batch, n (n + 1) / 2); everything else is dense, (batch, n, n). With
+    `spectra`, (batch, n), `inverses` holds eigenbases instead. `rows` is the bank's place in the vectors that hold one
+    number for each factor matrix of the store.
     """
 
-    def __init__(self, size: int, rows: slice, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, rows: slice, eigen: bool, dtype: torch.dtype, device: torch.device) -> None:
         batch = rows.stop - rows.start
+        self.size = size
         self.rows = rows
         self.sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
-        self.averages = torch.zeros_like(self.sums)
+        self.averages = torch.zeros((batch, packed_size(size)), dtype=dtype, device=device)
         self.inverses = torch.eye(size, dtype=dtype, device=device).repeat(batch, 1, 1)
+        self.spectra = torch.ones((batch, size), dtype=dtype, device=device) if eigen else None
+        self.diagonal = diagonal_places(size, device)
+        self.orders: list[tuple[slice, Tensor]] = []
+        self.recent: tuple[Tensor, Tensor] | None = None  # averages after the last fold and the one before, if kept
 
 
 class FactorStore:
     """All factors, the counts behind them, and the two operations on them: fold and invert.
 
-    Vectors over blocks: `samples` in the last fold, `folds`, and `counts` since it, (blocks, 1 + USES): rows over all
-    calls of the layer, and samples of its first, second, ... call in a forward, the largest of which is N: a layer
-    called twice sees its samples twice, and a call whose output is not used brings none.
-    Vectors over factors, in the order of the banks: `failures` in a row, `rungs`, `residuals` of the last inversion.
+    Vectors over blocks: `samples` in the last fold and `counts` since it, (blocks, 1 + USES): rows over all calls of
+    the layer, and samples of its first, second, ... call in a forward, the largest of which is N: a layer called twice
+    sees its samples twice, and a call whose output is not used brings none. `units`, if `units_known`, is N of all.
+    Vectors over factor matrices, in the order of the banks: `folds`, `shifts` of the last inversion, `failures` in a
+    row, `rungs`, `residuals`.
     """
 
-    def __init__(self, shapes: Sequence[Mapping[str, FactorShape]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Mapping[str, FactorShape]],
+        dtype: torch.dtype,
+        device: torch.device,
+        inverse: InverseName = "cholesky",
+    ) -> None:
+        self.inverse: InverseName = inverse
+        self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
-        self.folds = torch.zeros(len(shapes), dtype=dtype, device=device)
-        keys: dict[int, list[FactorKey]] = {}
+        self.units = torch.zeros((), dtype=dtype, device=device)
+        self.units_known = False
+        members: dict[tuple[int, bool], list[FactorKey]] = {}
         for block, factors in enumerate(shapes):
+            turned = inverse == "eigen" and set(factors) == {"A", "G"} and all(s.blocks == 1 for s in factors.values())
             for name, shape in factors.items():
-                keys.setdefault(shape.size, []).append(FactorKey(block, name))
+                members.setdefault((shape.size, turned), []).append(FactorKey(block, name))
         self.banks: list[Bank] = []
+        self.keys: list[FactorKey] = []
         self._places: dict[FactorKey, tuple[Bank, slice]] = {}
         owner: list[int] = []
         is_input: list[bool] = []
-        for size, members in keys.items():
+        key_of_row: list[int] = []
+        for (size, turned), keys in members.items():
             start = len(owner)
             slices = []
-            for key in members:
+            for key in keys:
                 batch = shapes[key.block][key.name].batch
                 slices.append(slice(len(owner) - start, len(owner) - start + batch))
                 owner += [key.block] * batch
-                is_input += [key.name == "A"] * batch
-            bank = Bank(size, slice(start, len(owner)), dtype, device)
+                is_input += [key.name[0] == "A"] * batch
+                key_of_row += [len(self.keys)] * batch
+                self.keys.append(key)
+            bank = Bank(size, slice(start, len(owner)), turned, dtype, device)
             self.banks.append(bank)
-            self._places.update(zip(members, ((bank, place) for place in slices), strict=True))
+            self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
+            orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
+            bank.orders = [(place, order.to(device)) for place, order in orders if order is not None]
         self.owner = torch.tensor(owner, device=device)
         self.is_input = torch.tensor(is_input, device=device)
+        self.key_of_row = torch.tensor(key_of_row, device=device)
+        self.folds = torch.zeros(len(owner), dtype=dtype, device=device)
+        self.shifts = torch.ones(len(owner), dtype=dtype, device=device)
         self.failures = torch.zeros(len(owner), dtype=torch.int32, device=device)
         self.rungs = torch.zeros(len(owner), dtype=torch.int64, device=device)
         self.residuals = torch.zeros(len(owner), dtype=dtype, device=device)
+        self.discarded = torch.zeros((), dtype=torch.int64, device=device)  # statistics that were not finite
+        self.failed = torch.zeros((), dtype=torch.int64, device=device)  # inversions
+        self._stash: tuple[list[Tensor], Tensor] | None = None
         self._pair_up(shapes, device)
 
     def _pair_up(self, shapes: Sequence[Mapping[str, FactorShape]], device: torch.device) -> None:
-        """Factors A and the G beside each (same block, same group), and lone factors F."""
+        """Factors A and the G beside each (same block, same group), and lone factors F.
+
+        The diagonal blocks of one factor are stood for by the first of them: `first_row` says which that is for each
+        row, and there `dimensions` holds the size of the whole factor.
+        """
         pairs: list[tuple[int, int]] = []
         single: list[int] = []
+        first_row = list(range(len(self.owner)))
+        sizes = [0] * len(self.owner)
         for block, factors in enumerate(shapes):
-            rows = {name: range(*self.rows(FactorKey(block, name)).indices(len(self.owner))) for name in factors}
-            if "F" in rows:
-                single += rows["F"]
+            first: dict[str, list[int]] = {}
+            for name, shape in factors.items():
+                start = self.rows(FactorKey(block, name)).start
+                heads = first.setdefault(name[0], list(range(start, start + shape.batch, shape.blocks)))
+                for i in range(shape.batch):
+                    first_row[start + i] = heads[i // shape.blocks]
+                    sizes[start + i] = shape.size
+            if "F" in first:
+                single += first["F"]
             else:
-                pairs += zip(rows["A"], rows["G"], strict=True)
+                pairs += zip(first["A"], first["G"], strict=True)
+        self.first_row = torch.tensor(first_row, dtype=torch.int64, device=device)
+        lengths = torch.tensor(sizes, dtype=self.samples.dtype, device=device)
+        self.dimensions = torch.zeros_like(lengths).index_add_(0, self.first_row, lengths)
+        turned = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.averages))]
+        self.turned = torch.tensor(turned, device=device)
         self.row_A = torch.tensor([a for a, _ in pairs], dtype=torch.int64, device=device)
         self.row_G = torch.tensor([g for _, g in pairs], dtype=torch.int64, device=device)
         self.row_F = torch.tensor(single, dtype=torch.int64, device=device)
 
+    # ---- places
+
     def rows(self, key: FactorKey) -> slice:
-        """The factor's place in vectors over factors."""
+        """The factor's place in vectors over factor matrices."""
         bank, place = self._places[key]
         return slice(bank.rows.start + place.start, bank.rows.start + place.stop)
 
-    def view(self, kind: Literal["sums", "averages", "inverses"], key: FactorKey) -> Tensor:
-        """The part (batch, n, n) of a bank's tensor that belongs to one factor."""
+    def view(self, kind: Literal["sums", "inverses", "spectra"], key: FactorKey) -> Tensor:
+        """The part (batch, ...) of a bank's tensor that belongs to one factor."""
         bank, place = self._places[key]
         whole: Tensor = getattr(bank, kind)
         return whole[place]
 
-    def seen(self) -> Tensor:
-        """Samples N of each block since the last fold."""
-        return self.counts[:, 1:].amax(1)
+    def packed(self, key: FactorKey, age: int = 0) -> Tensor:
+        """A factor's moving average, packed triangles in one dimension: now, or as kept 1 or 2 folds ago."""
+        bank, place = self._places[key]
+        kept = bank.averages if not age or bank.recent is None else bank.recent[age - 1]
+        return kept[place].view(-1)
 
-    def pending(self, decay: float, signal_scale: float, summed: bool) -> tuple[Tensor, Tensor]:
+    def has_spectra(self, key: FactorKey) -> bool:
+        """Whether the factor has an eigenbasis in place of an inverse."""
+        return self._places[key][0].spectra is not None
+
+    def keep_recent(self) -> None:
+        """From now on remember the averages of the last two folds, for rules that compare them."""
+        for bank in self.banks:
+            bank.recent = (torch.zeros_like(bank.averages), torch.zeros_like(bank.averages))
+
+    def _pieces(self, keys: Sequence[FactorKey] | None) -> Iterator[tuple[Bank, slice]]:
+        """Whole banks, or the places of some factors."""
+        if keys is None:
+            yield from ((bank, slice(0, len(bank.averages))) for bank in self.banks)
+        else:
+            yield from (self._places[key] for key in keys)
+
+    # ---- region 1: statistics into averages
+
+    def seen(self) -> Tensor:
+        """Units N of each block since the last fold; 0 where its layer was not used."""
+        samples = self.counts[:, 1:].amax(1)
+        return torch.where(samples > 0, self.units, 0.0) if self.units_known else samples
+
+    def add_units(self, units: Tensor | float) -> None:
+        """Say what N is, where the size of the batch does not: tokens, unmasked positions. Adds up until the fold."""
+        self.units.add_(units)
+        self.units_known = True
+
+    def traces(self, sums: bool = False) -> Tensor:
+        """tr M of each average, or of each pending sum."""
+        banks = self.banks
+        if sums:
+            return torch.cat([bank.sums.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in banks])
+        return torch.cat([bank.averages[:, bank.diagonal].sum(-1) for bank in banks])
+
+    def pending(self, how: Normalisation, due: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What normalises the pending sum of each factor, and its weight in the moving average.
 
         A = sum / rows; G and F = N sum for a mean loss and sum / N for a summed one, both over signal_scale^2. The
         weight corrects the average's start, (1 - decay) / (1 - decay^k) at fold k. A factor without pending samples,
-        or whose sum is not finite (its diagonal shows it: X^T X), gets weight 0.
+        or whose sum is not finite (its diagonal shows it: X^T X), or that is not `due`, gets weight 0.
         """
         rows, samples = self.counts[self.owner, 0], self.seen()[self.owner]
-        of_signal = (1 / samples if summed else samples) / signal_scale**2
-        traces = torch.cat([bank.sums.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in self.banks])
-        usable = (samples > 0) & traces.isfinite()
+        of_signal = (1 / samples if how.summed else samples) / how.signal_scale**2
+        usable = (samples > 0) & self.traces(sums=True).isfinite()
+        if due is not None:
+            usable &= due
         scale = torch.where(usable, torch.where(self.is_input, 1 / rows, of_signal), 0.0)
-        weight = (1 - decay) / (1 - decay ** (self.folds + 1))
-        return scale, torch.where(usable, weight[self.owner], 0.0)
+        weight = (1 - how.decay) / (1 - how.decay ** (self.folds + 1))
+        return scale, torch.where(usable, weight, 0.0)
 
-    def peek(self, key: FactorKey, decay: float, signal_scale: float, summed: bool) -> Tensor:
-        """A factor's moving average as it is once the pending sums are folded in."""
-        scale, weight = (v[self.rows(key), None, None] for v in self.pending(decay, signal_scale, summed))
-        fresh = torch.where(weight > 0, self.view("sums", key) * scale, 0.0)
-        return self.view("averages", key).lerp(fresh, weight)
+    def peek(self, key: FactorKey, how: Normalisation) -> Tensor:
+        """A factor's moving average (batch, n, n) as it is once the pending sums are folded in."""
+        bank, place = self._places[key]
+        scale, weight = (v[self.rows(key), None, None] for v in self.pending(how))
+        sums = self._in_weight_order(bank.sums[place].clone(), [(slice(None), o) for p, o in bank.orders if p == place])
+        fresh = torch.where(weight > 0, sums * scale, 0.0)
+        return unpack(bank.averages[place], bank.size).lerp_(fresh, weight)
 
-    def fold_(self, decay: float, signal_scale: float, summed: bool) -> None:
+    @staticmethod
+    def _in_weight_order(sums: Tensor, orders: Sequence[tuple[slice, Tensor]]) -> Tensor:
+        """Sums whose captured coordinates come in another order than the layer's weights, put into theirs, in place."""
+        for place, order in orders:
+            part = sums[place]
+            part.copy_(part[:, order[:, None], order])
+        return sums
+
+    def fold_(self, how: Normalisation, due: Tensor | None = None) -> None:
         """Fold the pending sums into the averages and empty them."""
-        scale, weight = self.pending(decay, signal_scale, summed)
+        scale, weight = self.pending(how, due)
+        used = self.seen()[self.owner] > 0
+        if due is not None:
+            used &= due
+        self.discarded.add_((used & (weight == 0)).sum())
         all_usable = known_true(weight > 0)
         for bank in self.banks:
-            bank.sums.mul_(scale[bank.rows, None, None])
+            sums, rows = self._in_weight_order(bank.sums, bank.orders), bank.rows
             if not all_usable:  # 0 * inf is not 0
-                bank.sums.masked_fill_((weight[bank.rows] == 0)[:, None, None], 0.0)
-            bank.averages.lerp_(bank.sums, weight[bank.rows, None, None])
-            bank.sums.zero_()
+                sums.masked_fill_((weight[rows] == 0)[:, None, None], 0.0)
+            fresh = pack(sums).mul_(scale[rows, None])
+            if bank.recent is not None:
+                folded = (weight[rows] > 0)[:, None]
+                bank.recent[1].copy_(torch.where(folded, bank.recent[0], bank.recent[1]))
+                bank.recent[0].copy_(torch.where(folded, bank.averages, bank.recent[0]))
+            bank.averages.lerp_(fresh, weight[rows, None])
         samples = self.seen()
-        self.folds.add_(samples > 0)
+        self.folds.add_(weight > 0)
         self.samples.copy_(torch.where(samples > 0, samples, self.samples))
-        self.counts.zero_()
+        self.forget()
 
-    def shifts(self, damping: Tensor, relative: Tensor) -> Tensor:
-        """The multiple of I added to each factor, from lambda = damping + relative * mean eigenvalue, per block."""
-        means = torch.cat([bank.averages.diagonal(dim1=-2, dim2=-1).mean(-1) for bank in self.banks])
+    def forget(self) -> None:
+        """Drop pending statistics."""
+        for bank in self.banks:
+            bank.sums.zero_()
+        self.counts.zero_()
+        self.units.zero_()
+        self.units_known = False
+        self._stash = None
+
+    def stash(self) -> None:
+        """Put pending statistics aside, out of the reach of a backward pass that will add others."""
+        self._stash = ([bank.sums.clone() for bank in self.banks], self.counts.clone())
+
+    def unstash(self) -> None:
+        """Pending statistics as they were at the last `stash`, if there is one; what came since is dropped."""
+        if self._stash is not None:
+            sums, counts = self._stash
+            for bank, kept in zip(self.banks, sums, strict=True):
+                bank.sums.copy_(kept)
+            self.counts.copy_(counts)
+            self._stash = None
+
+    def changes(self) -> Tensor:
+        """||X - X'||_F^2 / ||X'||_F^2 over all matrices of each factor, X' one and two folds ago: (factors, 2).
+
+        Infinite where there is no such X' yet. Needs `keep_recent`.
+        """
+        rows: list[Tensor] = []
+        for bank in self.banks:
+            assert bank.recent is not None
+            off = torch.full_like(bank.averages[0], 2.0)  # an element beside the diagonal stands for two
+            off[bank.diagonal] = 1.0
+            past = [(((bank.averages - old).square() @ off), old.square() @ off) for old in bank.recent]
+            rows.append(torch.stack([torch.stack(pair) for pair in past]))  # (age, difference or norm, batch)
+        every = torch.cat(rows, dim=-1)
+        totals = every.new_zeros(2, 2, len(self.keys)).index_add_(2, self.key_of_row, every)
+        ratios = torch.where(totals[:, 1] > SLIVER, totals[:, 0] / totals[:, 1], torch.inf)
+        return ratios.T
+
+    # ---- region 2: averages into damped inverses
+
+    def set_shifts_(self, damping: Tensor, relative: Tensor) -> None:
+        """What is added to each factor: lambda = damping + relative * mean eigenvalue, both per block, split by pi.
+
+        For factors with an eigenbasis it is lambda itself, which is added to products of eigenvalues.
+        """
+        traces = self.traces()
+        means = torch.zeros_like(traces).index_add_(0, self.first_row, traces) / self.dimensions  # NaN if not first
         shifts = torch.empty_like(means)
         if len(self.row_A):
             mean_A, mean_G = means[self.row_A], means[self.row_G]
             damping_A = self._damping(self.row_A, mean_A * mean_G, damping, relative)
-            shifts[self.row_A], shifts[self.row_G] = kronecker_shifts(mean_A, mean_G, damping_A)
+            split, turned = kronecker_shifts(mean_A, mean_G, damping_A), self.turned[self.row_A]
+            shifts[self.row_A], shifts[self.row_G] = (torch.where(turned, damping_A, part) for part in split)
         if len(self.row_F):
             shifts[self.row_F] = self._damping(self.row_F, means[self.row_F], damping, relative)
         least = torch.finfo(shifts.dtype).tiny ** 0.5  # for a dead layer: its factor is 0, and so is lambda
-        return torch.where(shifts > 0, shifts, least)
+        shifts = torch.where(shifts > 0, shifts, least)[self.first_row]
+        self.shifts.copy_(torch.where(self.folds > 0, shifts, 1.0))  # a layer not used yet: (0 + I)^-1 = I
 
     def _damping(self, rows: Tensor, curvature: Tensor, damping: Tensor, relative: Tensor) -> Tensor:
         """lambda of each row; its relative part is measured over the whole block, so that a dead group is damped."""
@@ -159,21 +329,55 @@ class FactorStore:
         members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
         return damping[owner] + relative[owner] * total[owner] / members[owner]
 
-    def invert_(self, damping: Tensor, relative: Tensor) -> None:
-        """Recompute every damped inverse from the averages; `damping` and `relative` are per block."""
-        shifts = raised(self.shifts(damping, relative), self.failures)
-        shifts = torch.where(self.folds[self.owner] > 0, shifts, 1.0)  # a layer not used yet: (0 + I)^-1 = I
-        results = [damped_inverse(bank.averages, shifts[bank.rows]) for bank in self.banks]
-        ok = torch.cat([result.ok for result in results])
-        self.residuals.copy_(torch.cat([result.residuals for result in results]))
-        self.failures.copy_(torch.where(ok, 0, self.failures + 1))
-        self.rungs.zero_()
-        all_ok = known_true(ok)
-        for bank, result in zip(self.banks, results, strict=True):
-            inverses = result.inverses
-            if not all_ok:
-                rows = bank.rows
-                instead, rungs = stand_in(bank.averages, shifts[rows], bank.inverses, self.failures[rows])
-                inverses = torch.where(result.ok[:, None, None], inverses, instead)
-                self.rungs[rows] = torch.where(result.ok, 0, rungs)
-            bank.inverses.copy_(inverses)
+    def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:
+        """Recompute damped inverses, or eigenbases, from the averages: all of them, or those of some factors."""
+        for bank, place in self._pieces(keys):
+            rows = slice(bank.rows.start + place.start, bank.rows.start + place.stop)
+            self._decompose_(bank, place, rows) if bank.spectra is not None else self._invert_(bank, place, rows)
+
+    def _invert_(self, bank: Bank, place: slice, rows: slice) -> None:
+        """Damped inverses of a part of a bank, and the ladder for those that fail."""
+        shifts = raised(self.shifts[rows], self.failures[rows])
+        matrices = unpack(bank.averages[place], bank.size)
+        current = bank.inverses[place]
+        if self.inverse == "neumann" and bank.size > 2:
+            result = hyperpower_inverse(matrices, shifts, current, self.iterations)
+        else:
+            result = damped_inverse(damp_(matrices, shifts))
+        inverses = result.inverses
+        if not self._note(rows, result.ok, result.residuals):
+            if self.inverse == "neumann" and bank.size > 2:
+                damp_(matrices, shifts)
+            instead, rungs = stand_in(matrices, current, self.failures[rows])
+            inverses = torch.where(result.ok[:, None, None], inverses, instead)
+            self.rungs[rows] = torch.where(result.ok, 0, rungs)
+        current.copy_(inverses)
+
+    def _decompose_(self, bank: Bank, place: slice, rows: slice) -> None:
+        """Eigenbases of a part of a bank; where that fails the last ones, then the diagonal's, then the identity's."""
+        assert bank.spectra is not None
+        matrices = unpack(bank.averages[place], bank.size)
+        result = eigenbasis(matrices)
+        bases, spectra = result.bases, result.spectra
+        old_bases, old_spectra = bank.inverses[place], bank.spectra[place]
+        if not self._note(rows, result.ok, result.residuals):
+            identity = torch.eye(bank.size, dtype=bases.dtype, device=bases.device).expand_as(bases)
+            diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+            usable = ((diagonal >= 0) & diagonal.isfinite()).all(-1)
+            previous = self.failures[rows] <= 3
+            rungs = torch.where(previous, 1, torch.where(usable, 2, 3))
+            of_diagonal = torch.where(usable[:, None], diagonal, 1.0)
+            ok = result.ok[:, None]
+            bases = torch.where(ok[..., None], bases, torch.where(previous[:, None, None], old_bases, identity))
+            spectra = torch.where(ok, spectra, torch.where(previous[:, None], old_spectra, of_diagonal))
+            self.rungs[rows] = torch.where(result.ok, 0, rungs)
+        old_bases.copy_(bases)
+        old_spectra.copy_(spectra)
+
+    def _note(self, rows: slice, ok: Tensor, residuals: Tensor) -> bool:
+        """Count failures; True if it is known on the host that there is none."""
+        self.residuals[rows] = residuals
+        self.failures[rows] = torch.where(ok, 0, self.failures[rows] + 1)
+        self.rungs[rows] = 0
+        self.failed.add_((~ok).sum())
+        return known_true(ok)

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
-from triton_curv.blocks.rule import Rule
+from triton_curv.blocks.moments import Moments
+from triton_curv.blocks.rule import MaskedSource, Rule, Source
+from triton_curv.blocks.side import times_left, times_right
 from triton_curv.errors import ConfigurationError, NoStatisticsError
+from triton_curv.inverse import raised
 
 
 class Block:
@@ -35,20 +38,45 @@ class Block:
         self.store = store
         self.sums = {factor: store.view("sums", key) for factor, key in keys.items()}
         self.inverses = {factor: store.view("inverses", key) for factor, key in keys.items()}
+        self.gains: Tensor | None = None  # 1 / (eigenvalues + lambda), (batch, rows, columns), in an eigenbasis
+        if set(keys) == {"A", "G"} and store.has_spectra(keys["A"]):
+            self.gains = torch.ones(rule.matrix_shape, dtype=store.samples.dtype, device=store.samples.device)
+        self.moments: Moments | None = None
+        self.due = True  # whether the next backward pass is to give statistics of this block
         self.counts = store.counts[index]
         self.matrix_size = math.prod(rule.matrix_shape)
         self._averages = averages
         self._ensure_inverse = ensure_inverse
         squeeze = rule.matrix_shape[0] == 1
         self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
+        shapes = rule.factor_shapes
+        self._whole = all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items())
+        self._left = [inverse for factor, inverse in self.inverses.items() if factor[0] != "A"]
+        self._right = [inverse for factor, inverse in self.inverses.items() if factor[0] == "A"]
 
     @torch.no_grad()
-    def accumulate_(self, inputs: Tensor, grad_output: Tensor, training: bool, use: int) -> None:
-        """Add call number `use` of the layer in a forward, as seen in its backward pass."""
-        added = self.rule.accumulate_(self.sums, inputs, grad_output, training)
+    def accumulate_(
+        self,
+        inputs: Tensor,
+        grad_output: Tensor,
+        training: bool,
+        use: int,
+        source: Source | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Add call number `use` of the layer in a forward, as seen in its backward pass.
+
+        `source` takes the statistics if the layer is one of several of the block; `mask` tells real positions.
+        """
+        source = self.rule if source is None else source
+        if mask is not None and isinstance(source, MaskedSource):
+            source = source.masked(mask)
+        added = source.accumulate_(self.sums, inputs, grad_output, training)
         self.counts[0].add_(added.rows)
         if use < USES:
             self.counts[1 + use].add_(added.samples)
+        if self.moments is not None:
+            self.moments.accumulate_(inputs, grad_output)
 
     def factors(self) -> dict[str, Tensor]:
         """Dense copies of the factors, {"A", "G"} or {"F"}: the moving average including pending statistics.
@@ -56,19 +84,42 @@ class Block:
         A (groups, d_in[+1], d_in[+1]) and G (groups, d_out, d_out), without the leading dimension for one group.
         Raises NoStatisticsError before the first backward pass.
         """
-        if not bool(self.store.folds[self.index] + self.counts[1:].amax() > 0):
+        if not bool(self.folds() + self.counts[1:].amax() > 0):
             raise NoStatisticsError(
                 f"block '{self.name}' has seen no backward pass yet; run loss.backward() first (statistics are taken "
                 "on the first step and then every factor_interval steps)"
             )
         return {name: self.rule.present(name, tensor).clone() for name, tensor in self._averages(self).items()}
 
+    def folds(self) -> Tensor:
+        """How many folds the newest of its averages holds, ()."""
+        return torch.stack([self.store.folds[self.store.rows(key)].amax() for key in self.keys.values()]).amax()
+
+    def renew_gains_(self) -> None:
+        """1 / (s_G s_A^T + lambda) from the eigenvalues, or 1 / (second moments + lambda) where those are known."""
+        if self.gains is None:
+            return
+        key_A, key_G = self.keys["A"], self.keys["G"]
+        spectrum = self.store.view("spectra", key_G)[:, :, None] * self.store.view("spectra", key_A)[:, None, :]
+        if self.moments is not None:
+            spectrum = torch.where(self.moments.folds > 0, self.moments.averages, spectrum)
+        rows_A, rows_G = self.store.rows(key_A), self.store.rows(key_G)
+        failures = torch.maximum(self.store.failures[rows_A], self.store.failures[rows_G])
+        torch.reciprocal(spectrum + raised(self.store.shifts[rows_A], failures.long())[:, None, None], out=self.gains)
+
     def solve(self, matrix: Tensor, out: Tensor) -> None:
-        """out = G^-1 D A^-1, or F^-1 D; both (batch, rows, columns)."""
-        operators = self._operators
+        """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
+        operators, gains = self._operators, self.gains
+        if not self._whole:
+            out.copy_(times_right(times_left(self._left, matrix), self._right))
+            return
         if len(matrix) == 1:
             matrix, out = matrix[0], out[0]
-        if "F" in operators:
+        if gains is not None:
+            bases_A, bases_G = operators["A"], operators["G"]
+            turned = (bases_G.mT @ matrix @ bases_A).mul_(gains[0] if len(gains) == 1 else gains)
+            torch.matmul(bases_G @ turned, bases_A.mT, out=out)
+        elif "F" in operators:
             torch.matmul(operators["F"], matrix, out=out)
         else:
             torch.matmul(operators["G"] @ matrix, operators["A"], out=out)

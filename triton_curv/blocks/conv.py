@@ -27,11 +27,15 @@ class ConvRule:
         self.fan_in = math.prod(module.weight.shape[1:])
         groups, rows = module.groups, module.out_channels // module.groups
         columns = self.fan_in + self.has_bias
-        self.factor_shapes = {"A": FactorShape(groups, columns), "G": FactorShape(groups, rows)}
-        self.matrix_shape = (groups, rows, columns)
         per_group, *kernel = module.weight.shape[1:]
         order = torch.arange(self.fan_in, device=module.weight.device).view(math.prod(kernel), per_group).T.flatten()
         self.weight_order = torch.cat([order, order.new_tensor([self.fan_in] * self.has_bias)])
+        # patches come kernel position first, channel last; the factor is kept as `weight.flatten(1)` has it
+        self.factor_shapes = {
+            "A": FactorShape(groups, columns, order=self.weight_order),
+            "G": FactorShape(groups, rows),
+        }
+        self.matrix_shape = (groups, rows, columns)
         self.approximation = "Kronecker per group; exact for one output position in deep linear nets"
 
     def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
@@ -54,14 +58,11 @@ class ConvRule:
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """Weight: all columns but the bias's; bias: the last column. Groups follow one another."""
         rows = matrix.view(self.module.out_channels, -1)
-        per_group, *kernel = self.module.weight.shape[1:]
-        parts = {"weight": rows[:, : self.fan_in].view(-1, *kernel, per_group).movedim(-1, 1)}
+        parts = {"weight": rows[:, : self.fan_in].view(self.module.weight.shape)}
         if self.has_bias:
             parts["bias"] = rows[:, -1]
         return parts
 
     def present(self, name: str, factor: Tensor) -> Tensor:
-        """(groups, n, n) in the order of `weight.flatten(1)`, without the leading dimension for one group."""
-        if name == "A":
-            factor = factor[:, self.weight_order][:, :, self.weight_order]
+        """(groups, n, n), A in the order of `weight.flatten(1)`; without the leading dimension for one group."""
         return factor[0] if self.module.groups == 1 else factor

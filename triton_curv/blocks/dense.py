@@ -3,45 +3,58 @@
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.nn import Linear, Parameter
+from torch.nn import Module, Parameter
 
-from triton_curv.blocks.rule import FactorShape, Uses
-from triton_curv_kernels import accumulate_factor_
+from triton_curv.blocks.options import LayerOptions
+from triton_curv.blocks.rows import RowsSource, notes
+from triton_curv.blocks.side import Side
 
 
-class DenseRule:
+class DenseRule(RowsSource):
     """Kronecker factors of `torch.nn.Linear`; the bias is one more input that is always 1.
 
-    Inputs (d_in,), (samples, d_in) or (samples, positions..., d_in): positions share the weight, A averages over
-    them and G sums over them (`expand`). Source: arXiv 1811.12019 section 3, arXiv 2311.00636 for weight sharing.
+    Inputs (d_in,), (samples, d_in) or (samples, positions..., d_in). Positions share the weight: with `expand` A
+    averages over them and G sums over them; with `reduce` A is made of inputs averaged and G of gradients summed over
+    a sample's positions. Source: arXiv 1811.12019 section 3, arXiv 2311.00636 for weight sharing.
     """
 
-    def __init__(self, module: Linear, params: Mapping[str, Parameter]) -> None:
+    def __init__(self, module: Module, params: Mapping[str, Parameter], options: LayerOptions | None = None) -> None:
         self.module = module
         self.params = params
+        self.options = options or LayerOptions()
         self.has_bias = "bias" in params
-        columns = module.in_features + self.has_bias
-        self.factor_shapes = {
-            "A": FactorShape(1, columns),
-            "G": FactorShape(1, module.out_features),
-        }
-        self.matrix_shape = (1, module.out_features, columns)
-        self.approximation = "Kronecker; exact for one datum and for deep linear nets"
+        self.fan_out, self.fan_in = self.widths(params["weight"])
+        columns, limit = self.fan_in + self.has_bias, self.options.max_factor_dim
+        self.input_side, self.output_side = Side.of("A", columns, limit), Side.of("G", self.fan_out, limit)
+        self.factor_shapes = {**self.input_side.shapes, **self.output_side.shapes}
+        self.matrix_shape = (1, self.fan_out, columns)
+        exact = "Kronecker; exact for one datum and for deep linear nets"
+        self.approximation = exact + notes(self.options, self.input_side, self.output_side)
 
-    def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
-        """A += X^T X and G += g^T g over all rows."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        accumulate_factor_(sums["A"][0], rows, ones=self.has_bias)
-        accumulate_factor_(sums["G"][0], grad_output.reshape(-1, grad_output.shape[-1]))
-        return Uses(samples=inputs.shape[0] if inputs.dim() > 1 else 1, rows=rows.shape[0])
+    def widths(self, weight: Tensor) -> tuple[int, int]:
+        """(d_out, d_in) of a weight."""
+        return weight.shape[0], weight.shape[1]
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """Weight: all columns but the bias's; bias: the last column."""
-        parts = {"weight": matrix[0, :, : self.module.in_features]}
+        parts = {"weight": matrix[0, :, : self.fan_in]}
         if self.has_bias:
             parts["bias"] = matrix[0, :, -1]
         return parts
 
     def present(self, name: str, factor: Tensor) -> Tensor:
-        """(1, n, n) -> (n, n)."""
-        return factor[0]
+        """Whole (n, n), split (blocks, n, n), diagonal (n,)."""
+        return (self.input_side if name[0] == "A" else self.output_side).present(factor)
+
+
+class TransposedDenseRule(DenseRule):
+    """`DenseRule` for layers y = a W + b that keep W as (d_in, d_out): `transformers.pytorch_utils.Conv1D`."""
+
+    def widths(self, weight: Tensor) -> tuple[int, int]:
+        """(d_out, d_in) of a weight."""
+        return weight.shape[1], weight.shape[0]
+
+    def views(self, matrix: Tensor) -> dict[str, Tensor]:
+        """As for a linear layer, the weight transposed."""
+        parts = super().views(matrix)
+        return {**parts, "weight": parts["weight"].T}

@@ -1,5 +1,6 @@
 """What differs between layer families: which statistics a layer gives, and how its gradient becomes a matrix."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -8,24 +9,47 @@ from torch.nn import Module, Parameter
 
 
 class FactorShape(NamedTuple):
-    """`batch` symmetric matrices of `size` x `size`."""
+    """`batch` symmetric matrices of `size` x `size`.
+
+    Every `blocks` of them that follow one another are the diagonal blocks of one factor: a diagonal factor of n numbers
+    is FactorShape(n, 1, blocks=n). They share one damping. `order` says which captured coordinate is the
+    weight's i-th, where `accumulate_` takes them in another order.
+    """
 
     batch: int
     size: int
+    blocks: int = 1
+    order: Tensor | None = None
 
 
 class Uses(NamedTuple):
-    """How many units (samples) and how many rows (samples x positions) one call of a layer contributed."""
+    """Units (samples) that one call of a layer contributed, and what A is divided by: rows (samples x positions)."""
 
     samples: int
-    rows: int
+    rows: int | Tensor
+
+
+class Source(Protocol):
+    """What takes the statistics of one call: a layer's rule, or the part of it that belongs to one of its layers."""
+
+    def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
+        """Add one call's uncentred second moments to `sums`, unnormalised; return how much was added."""
+
+
+class MaskedSource(ABC):
+    """A source whose inputs can hold positions that are padding: base class, since it is told apart from the others."""
+
+    @abstractmethod
+    def masked(self, mask: Tensor) -> Source:
+        """The same source, whose A leaves out positions where `mask`, of the shape of all positions, is False."""
 
 
 class Rule(Protocol):
     """One layer's curvature, stateless: statistics in, shapes out.
 
     The curvature of a block is F = A (x) G with P = G^-1 D A^-1, or a single factor F with P = F^-1 D, where D, of
-    shape `matrix_shape` (batch, rows, columns), is the gradient of the block's parameters laid out as matrices.
+    shape `matrix_shape` (batch, rows, columns), is the gradient of the block's parameters laid out as matrices. A rule
+    is a `Source` too.
     """
 
     @property
@@ -38,7 +62,7 @@ class Rule(Protocol):
 
     @property
     def factor_shapes(self) -> Mapping[str, FactorShape]:
-        """{"A", "G"} or {"F"}."""
+        """{"A", "G"} or {"F"}; a factor in blocks of two sizes is {"A.0", "A.1"}, in the order of the coordinates."""
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:

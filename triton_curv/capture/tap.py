@@ -4,30 +4,29 @@ Both statistics are taken in backward, so nothing is counted twice under activat
 alive there anyway for the weight gradient. Module backward hooks would break `torch.compile(fullgraph=True)`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
-from triton_curv.blocks import Block
+from triton_curv.blocks import Block, Source
 
 
-class CaptureSwitch:
-    """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
+class CallCounter:
+    """Counts the calls of each layer since the model's forward began.
 
-    `calls` counts the calls of each layer since the model's forward began: a layer called again in one forward adds
-    positions, not samples. Where only parts of the model are ever called, each call counts as a first one.
+    A layer called again in one forward adds positions, not samples. Where only parts of the model are ever called, each
+    call counts as a first one.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self.begin_step(enabled)
+    def __init__(self) -> None:
+        self.begin_step()
 
-    def begin_step(self, enabled: bool) -> None:
-        """A new step starts, with taps on or off."""
-        self.enabled = enabled
+    def begin_step(self) -> None:
+        """A new step starts."""
         self.saw_model = False
         self.calls: dict[str, int] = {}
 
@@ -43,11 +42,75 @@ class CaptureSwitch:
         return use if self.saw_model else 0
 
 
+# `torch.compile` counts while it traces and keeps the numbers: a count that changes inside a region under activation
+# checkpointing would be a side effect that it refuses.
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def begin_forward(counter: CallCounter) -> bool:
+    """`counter.begin_forward()`."""
+    counter.begin_forward()
+    return True
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def next_use(counter: CallCounter, name: str) -> int:
+    """`counter.next_use(name)`."""
+    return counter.next_use(name)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def note_trace(switch: "CaptureSwitch") -> bool:
+    """`switch.traced = True`."""
+    switch.traced = True
+    return True
+
+
+class CaptureSwitch:
+    """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
+
+    `mask` tells the real positions of the coming forward, see `KFAC.count`. `recording` is read in backward: whether
+    this pass gives statistics; a compiled backward always does, which `traced` notes.
+    """
+
+    def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
+        self.recording = records
+        self.traced = False
+        # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.counter = CallCounter()
+        self.begin_step(enabled)
+
+    def begin_step(self, enabled: bool) -> None:
+        """A new step starts, with taps on or off."""
+        self.enabled = enabled
+        self.mask: Tensor | None = None
+        self.counter.begin_step()
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a tap sits: the block, the part of it that takes the statistics, and whether calls here count its uses."""
+
+    block: Block
+    source: Source
+    counted: bool = True
+
+
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, block: Block, training: bool, use: int) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.block = block
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        mask: Tensor | None,
+        anchor: Tensor,
+        site: Site,
+        switch: CaptureSwitch,
+        training: bool,
+        use: int,
+    ) -> Tensor:
+        ctx.save_for_backward(*((inputs,) if mask is None else (inputs, mask)))
+        ctx.site = site
+        ctx.switch = switch
         ctx.training = training
         ctx.use = use
         # An alias autograd does not call a view: a view made here would forbid an in-place ReLU after the layer.
@@ -55,53 +118,65 @@ class _Tap(torch.autograd.Function):
         return alias
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inputs,) = ctx.saved_tensors
-        ctx.block.accumulate_(inputs, grad_output, ctx.training, ctx.use)
-        return grad_output, None, None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:
+        if torch.compiler.is_compiling():
+            inputs, *rest = ctx.saved_tensors
+            site = ctx.site
+            site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, rest[0] if rest else None)
+        elif ctx.switch.recording:
+            inputs, *rest = ctx.saved_tensors
+            site, mask = ctx.site, rest[0] if rest else ctx.switch.mask
+            site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, mask)
+        return grad_output, None, None, None, None, None, None, None
 
 
-class _ModelHook:
+def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, training: bool) -> Tensor:
+    """The output, whose backward hands `inputs` and its gradient to the site."""
+    if torch.compiler.is_compiling():
+        note_trace(switch)
+    elif not site.block.due:
+        return output
+    use = next_use(switch.counter, site.block.name) if site.counted else 0
+    args = (output, inputs.detach(), switch.mask, switch.anchor, site, switch, training, use)
+    tapped: Tensor = _Tap.apply(*args)  # type: ignore[no-untyped-call]  # torch's
+    return tapped
+
+
+class ModelHook:
     """Tells the switch that the model's forward begins."""
 
     def __init__(self, switch: CaptureSwitch) -> None:
         self.switch = switch
 
     def __call__(self, module: Module, args: tuple[Any, ...]) -> None:
+        """Before the model's forward."""
         if self.switch.enabled:
-            self.switch.begin_forward()
+            begin_forward(self.switch.counter)
 
-    def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
-        return _NoHook, ()
+    def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:
+        return NoHook, ()
 
 
-class _LayerHook:
+class LayerHook:
     """Taps the output of one layer while the switch is on."""
 
-    def __init__(self, block: Block, switch: CaptureSwitch) -> None:
-        self.block = block
+    def __init__(self, site: Site, switch: CaptureSwitch) -> None:
+        self.site = site
         self.switch = switch
 
     def __call__(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """After the layer's forward."""
         if not (self.switch.enabled and torch.is_grad_enabled() and output.requires_grad):
             return None
-        inputs: Tensor = args[0] if args else kwargs["input"]
-        use = self.switch.next_use(self.block.name)
-        tapped: Tensor = _Tap.apply(output, inputs.detach(), self.block, module.training, use)  # type: ignore[no-untyped-call]  # torch's
-        return tapped
+        inputs: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+        return tap(output, inputs, self.site, self.switch, module.training)
 
-    def __reduce__(self) -> tuple[Callable[[], "_NoHook"], tuple[()]]:
-        return _NoHook, ()
+    def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:
+        return NoHook, ()
 
 
-class _NoHook:
+class NoHook:
     """What a tap becomes in a copied or unpickled model: the copy's gradients are not this optimizer's statistics."""
 
     def __call__(self, *_: object) -> None:
-        return None
-
-
-def attach_taps(model: Module, blocks: Iterable[Block], switch: CaptureSwitch) -> list[RemovableHandle]:
-    """Register the forward hooks that tap every block's layer while `switch.enabled`."""
-    hooks = [block.rule.module.register_forward_hook(_LayerHook(block, switch), with_kwargs=True) for block in blocks]
-    return [model.register_forward_pre_hook(_ModelHook(switch)), *hooks]
+        """Nothing."""

@@ -1,70 +1,96 @@
 """K-FAC: natural gradient with Kronecker-factored curvature (arXiv 1811.12019, 2002.06015)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triton_curv.blocks import Block, FactorStore, NormFisher
-from triton_curv.capture import CaptureSwitch, attach_taps
+from triton_curv.blocks import LayerOptions, NormFisher, WeightSharing
 from triton_curv.coverage import Coverage, coverage_of
-from triton_curv.errors import ConfigurationError, NoStatisticsError
+from triton_curv.damping import ConstantDamping, DampingRule
+from triton_curv.errors import ConfigurationError
+from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
-from triton_curv.inverse import RUNGS
+from triton_curv.inverse import RUNGS, InverseName
+from triton_curv.optimizers.apply import Work, hyper_vector, precondition, rescale_, scales
+from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
-from triton_curv.optimizers.groups import check_hyper_parameters, choose, param_groups_of, rules_of
-from triton_curv.optimizers.matrices import Lists, MatrixGroup
+from triton_curv.optimizers.fisher import FisherName, Loss
+from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
+from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
+from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
+from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
+from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
 from triton_curv_kernels import momentum_update_
-
-UpdateSize = Literal["rms", "kl_clip", "none"]
-Reduction = Literal["mean", "sum"]
-
-
-class Work(NamedTuple):
-    """One parameter group in one step: its settings, its buffers, and the blocks that have gradients."""
-
-    group: dict[str, Any]
-    matrices: MatrixGroup
-    lists: Lists
 
 
 class KFAC(Optimizer):
     r"""w <- w - lr (G + sqrt(lambda)/pi I)^-1 dW (A + pi sqrt(lambda) I)^-1, layer by layer.
 
     A = E[a a^T] over samples and positions, G = E[g g^T], pi^2 = (tr A/dim A)/(tr G/dim G): arXiv 1811.12019 section 3.
-    Both are moving averages of the empirical Fisher taken in the ordinary backward pass every `factor_interval` steps;
-    damped inverses are renewed every `inverse_interval` steps. Every trainable parameter is trained: those of layers
-    without a block by `fallback`; `explain()` says which and why.
+    Both are moving averages of Fisher statistics taken in a backward pass every `factor_interval` steps; damped
+    inverses are renewed every `inverse_interval` steps. Every trainable parameter is trained: those of layers without
+    a block by `fallback`; `explain()` says which and why.
 
     A averages over all rows of all calls of a layer. N, the samples the loss is a mean over, is the leading size of the
     layer's input, added up over the model's forwards since the last step; more calls in one forward add positions only.
+    Where the loss is a mean over something else (tokens, unmasked tokens), say so with `count()`.
 
     Args:
-        model: the module to train; blocks are made for its Linear, Conv1d/2d/3d and BatchNorm1d/2d/3d layers.
+        model: the module to train; blocks are made for its Linear, Conv, ConvTranspose, Embedding, normalisation and
+            MultiheadAttention layers, for tied weights, and for what `register_block` says.
         lr: step size. With `update_size="rms"` the root mean square of a layer's step, in units of the weights.
         momentum: in [0, 1). With "rms" an average of the last steps with bias correction, else heavy ball.
-        nesterov: look one step ahead; None means yes for "rms" and no otherwise (the paper).
         weight_decay: decoupled, w <- (1 - lr weight_decay) w.
         damping: lambda, absolute. None (default): lambda = relative_damping * (tr A/dim A)(tr G/dim G), per block.
-        relative_damping: the part of lambda that scales with curvature; default 0.03, and 0 if `damping` is given.
-        fisher: "empirical": gradients of the training loss itself.
+        fisher: "empirical": gradients of the training loss itself. "sampled": of labels drawn from the model, by one
+            more backward pass in `sample_fisher`, which must be called. "exact": of all outputs, one pass each.
         fallback: "adamw" or "sgd", for parameters without a block, at `fallback_lr` (default: `lr`).
+        groups: hyper-parameters by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; the first match wins.
+            Also norm_fisher, weight_sharing, max_factor_dim and batch_dim. A group's `damping` may be a multiple of
+            the others' (the paper's BN damping).
+
+    Args, how often and how curvature is inverted:
+        factor_interval: steps between statistics, an `EpochInterval`, or an `AdaptiveInterval` for each statistic,
+            which renews its inverse at once.
+        inverse_interval: steps between renewals of the inverses, or an `EpochInterval`.
+        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all.
+        inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A; or
+            "neumann", products alone, started from the last inverse (`damped_inverse_`).
+        ekfac: with "eigen", scale by second moments of the per-sample gradients in the eigenbasis instead of s_G s_A
+            (Linear and Conv layers). They are taken at capture, not from later mean gradients: those hold the square
+            of the mean, which vanishes with the batch size, not the mean of squares. The step after a change of basis
+            takes statistics, too.
+        factor_decay: weight of the past in the factors' moving average, bias-corrected.
+        norm_fisher: "unit" (2x2 per channel), "diagonal" or "full", for normalisation layers.
+        weight_sharing: "expand" or "reduce" (arXiv 2311.00636): whether positions of a sample (tokens, pixels) are rows
+            of their own, or are averaged (inputs) and summed (gradients) first.
+        max_factor_dim: factors with more rows are split into diagonal blocks or made diagonal; `explain()` says which.
+        batch_dim: the dimension of samples in inputs (samples, positions, features); 1 for (time, batch, features).
+
+    Args, the size of the step:
+        relative_damping: the part of lambda that scales with curvature; default 0.03, and 0 if `damping` is given.
+        damping_rule: multiplies lambda as training goes on: `WarmupDamping`, `ScheduledDamping`,
+            `LevenbergMarquardt` (which needs `step(evaluate=...)`).
         update_size: "rms" scales each layer's step to root mean square 1; "kl_clip" scales all steps by
             min(1, sqrt(kl_clip / (lr^2 sum <step, grad>))); "none" is the bare natural gradient of the paper.
-        factor_decay: weight of the past in the factors' moving average, bias-corrected.
-        norm_fisher: "unit" (2x2 per channel), "diagonal" or "full", for batch normalisation.
+        nesterov: look one step ahead; None means yes for "rms" and no otherwise (the paper).
+        rescale: after each step, weights of Linear and Conv layers to norm sqrt(2 d_out): "paper" always, "code" (as
+            in chainerkfac) only where they are longer.
+
+    Args, what the loss is:
         reduction: how the loss reduces over its samples; with "sum", gradients are divided by the sample count.
         loss_scale: a constant the loss was multiplied with before backward(); gradients still carry it.
         grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
-        groups: hyper-parameters by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; the first match wins.
         maximize: ascend instead of descend.
 
     Raises:
         ConfigurationError: an argument out of range, or a model without any layer that has a block.
-        NoStatisticsError: at the first refresh, if a layer has gradients but its tap saw no backward pass.
+        NoStatisticsError: at the first refresh, if a layer has gradients but its tap saw no backward pass; at any, if
+            `sample_fisher` was not called for a Fisher that needs it.
 
     """
 
@@ -78,46 +104,49 @@ class KFAC(Optimizer):
         weight_decay: float | Tensor = 0.0,
         damping: float | Tensor | None = None,
         relative_damping: float | Tensor | None = None,
-        fisher: Literal["empirical"] = "empirical",
+        damping_rule: DampingRule | None = None,
+        fisher: FisherName = "empirical",
         fallback: FallbackName = "adamw",
         fallback_lr: float | Tensor | None = None,
         update_size: UpdateSize = "rms",
         kl_clip: float = 1e-3,
+        rescale: Rescale = "none",
         factor_decay: float = 0.95,
-        factor_interval: int = 20,
-        inverse_interval: int = 20,
+        factor_interval: int | RefreshSchedule | AdaptiveInterval = 20,
+        inverse_interval: int | RefreshSchedule = 20,
+        refresh_budget: int | None = None,
+        inverse: InverseName = "cholesky",
+        ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
+        weight_sharing: WeightSharing = "expand",
+        max_factor_dim: int = 8192,
+        batch_dim: int = 0,
         reduction: Reduction = "mean",
         loss_scale: float = 1.0,
         grad_scaler: torch.amp.GradScaler | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
     ) -> None:
-        choose("fisher", fisher, ("empirical",))
-        choose("fallback", fallback, get_args(FallbackName))
-        choose("update_size", update_size, get_args(UpdateSize))
-        choose("norm_fisher", norm_fisher, get_args(NormFisher))
-        choose("reduction", reduction, get_args(Reduction))
-        if factor_interval < 1 or inverse_interval < 1:
-            raise ConfigurationError(
-                f"expected intervals of at least 1 step, got {factor_interval=}, {inverse_interval=}"
-            )
-        if not 0 <= factor_decay < 1 or not kl_clip > 0 or not loss_scale > 0:
-            raise ConfigurationError(
-                "expected factor_decay in [0, 1), kl_clip > 0 and loss_scale > 0, got "
-                f"{factor_decay=}, {kl_clip=}, {loss_scale=}"
-            )
+        self.options = KFACOptions(
+            fisher=fisher,
+            fallback=fallback,
+            inverse=inverse,
+            ekfac=ekfac,
+            update_size=update_size,
+            nesterov=update_size == "rms" if nesterov is None else nesterov,
+            kl_clip=kl_clip,
+            factor_decay=factor_decay,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            refresh_budget=refresh_budget,
+            damping_rule=ConstantDamping() if damping_rule is None else damping_rule,
+            rescale=rescale,
+            reduction=reduction,
+            loss_scale=loss_scale,
+        )
         if relative_damping is None:
             relative_damping = 0.03 if damping is None else 0.0
-        self.fallback: FallbackName = fallback
-        self.update_size: UpdateSize = update_size
-        self.nesterov = update_size == "rms" if nesterov is None else nesterov
-        self.kl_clip = kl_clip
-        self.factor_decay = factor_decay
-        self.factor_interval = factor_interval
-        self.inverse_interval = inverse_interval
-        self.reduction: Reduction = reduction
-        self.loss_scale = loss_scale
+        self._model = model
         self._scaler = grad_scaler
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
@@ -128,125 +157,139 @@ class KFAC(Optimizer):
             "relative_damping": relative_damping,
             "maximize": maximize,
         }
-        self._build(model, defaults, groups, lr if fallback_lr is None else fallback_lr, norm_fisher)
+        layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, batch_dim)
+        self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, layers)
 
     # ---- construction
 
     def _build(
         self,
-        model: nn.Module,
         defaults: dict[str, Any],
         overrides: Sequence[Mapping[str, Any]],
         fallback_lr: float | Tensor,
-        norm_fisher: NormFisher,
+        layers: LayerOptions,
     ) -> None:
         """Find the layers, lay out their state, attach the taps."""
-        rules, self._reasons = rules_of(model, norm_fisher)
+        model, options = self._model, self.options
+        rules, self._reasons = rules_of(model, layers, overrides)
         if not rules:
             raise ConfigurationError(
-                "expected a model with at least one trainable Linear, Conv or BatchNorm layer, got none in "
+                "expected a model with at least one trainable layer that has a curvature block, got none in "
                 f"{type(model).__name__}"
             )
         names = {id(p): name for name, p in model.named_parameters()}
         self._names = {p: names[id(p)] for p in model.parameters()}
-        param_groups, blocks_of = param_groups_of(model, rules, defaults, overrides, fallback_lr, self.fallback)
+        param_groups, blocks_of = param_groups_of(model, rules, defaults, overrides, fallback_lr, options.fallback)
+        param_groups[0].update(CLOCK)
         self._ready = False  # add_param_group below is the constructor's own
         super().__init__(param_groups, defaults)
         for group in self.param_groups:
             check_hyper_parameters(group)
 
-        ordered = [name for group in blocks_of for name in group]
-        some = next(iter(rules[ordered[0]].params.values()))
-        wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
-        dtype, device = torch.float64 if wide else torch.float32, some.device
-        for name in ordered:
-            for p in rules[name].params.values():
-                if p.device != device:
-                    raise ConfigurationError(f"expected all layers on {device}, got '{name}' on {p.device}")
-        self._store = FactorStore([dict(rules[name].factor_shapes) for name in ordered], dtype, device)
-        self._switch = CaptureSwitch(enabled=True)
-        self.blocks: dict[str, Block] = {
-            name: Block(name, rules[name], index, self._store, self._averages_of, self._ensure_inverse)
-            for index, name in enumerate(ordered)
-        }
-        self._handles = attach_taps(model, self.blocks.values(), self._switch)
-        self._matrices = [MatrixGroup([self.blocks[n] for n in group], dtype, device) for group in blocks_of]
-        self._inverted = False
-        self._any_seen = self._all_seen = False  # whether statistics of any block, of all blocks, have come
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        ordered = {name: rules[name] for group in blocks_of for name in group}
+        clock = self.param_groups[0]
+        self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block)
+        self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
+        like = self._store.samples
+        self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
         self._init_state()
         self._ready = True
 
     def _init_state(self) -> None:
         """All state exists from here on; tensors are views of the buffers that the step works on."""
+        curvature, store = self._curvature, self._store
+        of_model = {"events": curvature.events, "damping_gain": curvature.damping_gain}
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
                     self.state[part.param] = {"momentum_buffer": part.momentum}
                 first = self.state[row.parts[0].param]
                 for name, key in row.block.keys.items():
-                    first[name] = self._store.view("averages", key)
-                    first[f"{name}_inverse"] = self._store.view("inverses", key)
-                    first[f"{name}_failures"] = self._store.failures[self._store.rows(key)]
-                first["folds"] = self._store.folds[row.block.index]
-                first["samples"] = self._store.samples[row.block.index]
+                    rows = store.rows(key)
+                    first[name] = store.packed(key)
+                    first[f"{name}_inverse"] = store.view("inverses", key)
+                    first[f"{name}_failures"] = store.failures[rows]
+                    first[f"{name}_folds"] = store.folds[rows]
+                    first[f"{name}_shift"] = store.shifts[rows]
+                    if store.has_spectra(key):
+                        first[f"{name}_spectrum"] = store.view("spectra", key)
+                    if self.options.adaptive is not None:
+                        first[f"{name}_last"], first[f"{name}_before"] = store.packed(key, 1), store.packed(key, 2)
+                        first[f"{name}_refresh"] = curvature.timers[store.keys.index(key)]
+                first["samples"] = store.samples[row.block.index]
+                if row.block.moments is not None:
+                    first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
+                first.update(of_model)
+                of_model = {}
         for group in self.param_groups:
             if group["kind"] == "fallback":
                 for p in group["params"]:
-                    self.state[p] = dict(FALLBACKS[self.fallback].init_state(p))
+                    self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later have no block; `fallback` trains them, and `explain()` says so."""
         if self.__dict__.get("_ready", False):
-            param_group = {"kind": "fallback", **FALLBACKS[self.fallback].defaults, **param_group}
+            added = {"kind": "fallback", "step": self.param_groups[0]["step"]}
+            param_group = {**added, **FALLBACKS[self.options.fallback].defaults, **param_group}
         super().add_param_group(param_group)
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
             check_hyper_parameters(group)
             for p in group["params"]:
-                self.state[p] = dict(FALLBACKS[self.fallback].init_state(p))
+                self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
                 self._names[p] = f"added parameter {len(self._names)}"
                 self._reasons[p] = "added by add_param_group"
 
     # ---- curvature
 
     @property
-    def _signal_scale(self) -> float:
-        return self.loss_scale * (self._scaler.get_scale() if self._scaler is not None else 1.0)
+    def factor_interval(self) -> int:
+        """Steps from a fold now to the next one."""
+        return self.options.steps_to_next_fold(self._steps)
 
-    def _averages_of(self, block: Block) -> dict[str, Tensor]:
-        """The block's factors as they are once pending statistics are folded in."""
-        how = (self.factor_decay, self._signal_scale, self.reduction == "sum")
-        return {name: self._store.peek(key, *how) for name, key in block.keys.items()}
+    @property
+    def _steps(self) -> int:
+        return cast("int", self.param_groups[0]["step"])
 
-    def _fold(self) -> None:
-        """Region 1: fold the statistics gathered since the last fold into the moving averages."""
-        if not self._all_seen:
-            self._check_taps()
-        self._store.fold_(self.factor_decay, self._signal_scale, self.reduction == "sum")
+    @torch.no_grad()
+    def count(self, units: float | Tensor | None = None, *, mask: Tensor | None = None) -> None:
+        """Say, before a forward, what its loss is a mean over: N = `units`; the samples of the batch if never called.
 
-    def _check_taps(self) -> None:
-        """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
-        seen = (self._store.seen() + self._store.folds > 0).tolist()
-        self._any_seen, self._all_seen = any(seen), all(seen)
-        missed = [
-            block.name
-            for block, ok in zip(self.blocks.values(), seen, strict=True)
-            if not ok and any(p.grad is not None for p in block.rule.params.values())
-        ]
-        if missed:
-            raise NoStatisticsError(
-                f"expected a tapped backward pass through every layer with a gradient, got none for {missed}: was the "
-                "model compiled and run before KFAC was built (then call torch.compiler.reset()), or is the layer's "
-                "forward bypassed?"
-            )
+        Args:
+            units: how many terms the loss averages: all tokens of a per-token loss, or the unmasked ones. Adds up over
+                the forwards since the last step, as samples do. None with a mask: `mask.sum()`.
+            mask: True at real positions, False at padding, (samples, positions). Layers that see as many positions
+                leave the others out of A, so that padding changes nothing; their gradients are zero already. Holds
+                until the next `count()` or `step()`. Linear, Embedding and attention layers use it; convolutions,
+                whose patches mix positions, don't.
 
-    def _invert(self) -> None:
-        """Region 2: renew the damped inverses."""
-        damping = self._per_block("damping")
-        relative = self._per_block("relative_damping")
-        self._store.invert_(damping, relative)
-        self._inverted = True
+        On steps without statistics it does nothing.
+
+        """
+        self._curvature.count(units, mask)
+
+    def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
+        """Statistics by backward passes of their own from the model's `output`; call it before `loss.backward()`.
+
+        With fisher="sampled" one pass with targets drawn from the model, with "exact" one for each output. Parameters'
+        gradients stay as they are. Does nothing on steps without statistics, so call it at every one, and for every
+        micro-batch. The random numbers depend on the step alone (those of a Distribution are torch's own).
+
+        Args:
+            output: what the loss is a function of; logits for "cross_entropy". Its graph is kept. A model compiled by
+                inductor must be compiled with `torch._functorch.config.donated_buffer = False` for that.
+            loss: "cross_entropy": softmax over `dim`; every other position is a unit, as in the mean that
+                `torch.nn.functional.cross_entropy` takes. "mse": a unit is a sample, its loss the mean of squares.
+                A torch Distribution of the targets, made of the output: a unit is one entry of the leading dimension.
+            mask: True where a unit counts (no padding, no ignore_index), of the shape of the units; N counts these.
+                For "mse" and distributions its dimensions are those of the units.
+            dim: the dimension of classes.
+
+        Raises:
+            ConfigurationError: fisher="empirical", or arguments that do not fit together.
+
+        """
+        self._curvature.sample_fisher(output, loss, mask=mask, dim=dim)
 
     def _per_block(self, key: str) -> Tensor:
         like = self._store.samples
@@ -260,34 +303,38 @@ class KFAC(Optimizer):
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
-        if bool(self._store.counts.any()):
-            self._fold()
-        if not self._any_seen:
-            raise NoStatisticsError("refresh() needs statistics: run loss.backward() first")
-        self._invert()
-
-    def _ensure_inverse(self) -> None:
-        if not self._inverted:
-            self.refresh()
+        self._curvature.refresh()
 
     # ---- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float | Tensor] | None = None) -> float | Tensor | None:  # type: ignore[override]  # torch's overloads
+    def step(  # type: ignore[override]  # torch's overloads
+        self, closure: Callable[[], float | Tensor] | None = None, *, evaluate: Evaluate | None = None
+    ) -> float | Tensor | None:
         """One step: fold statistics and renew inverses when due, precondition, scale, move.
 
         A step whose gradients are not finite changes nothing and is counted (`health()`).
+
+        Args:
+            closure: called first, under autograd; returns the loss.
+            evaluate: returns the loss of this step's batch as the weights are, without backward(). Needed, and then
+                called twice, at the steps where the damping rule measures what the last step achieved.
+
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = cast("int", self.param_groups[0]["step"])
-        if steps % self.factor_interval == 0 or not self._any_seen:
-            self._fold()
-        if self._any_seen and (steps % self.inverse_interval == 0 or not self._inverted):
-            self._invert()
+        steps = self._steps
+        curvature = self._curvature
+        if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
+            curvature.renew_statistics(steps)
+        if curvature.any_seen:
+            curvature.renew_inverses(steps)
+        before = self._before(steps, evaluate)
         self._apply(steps)
+        if before is not None:
+            self._judge(before, cast("Evaluate", evaluate), steps)
         self._set_steps(steps + 1)
         return loss
 
@@ -296,7 +343,8 @@ class KFAC(Optimizer):
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
             group["step"] = steps
-        self.capture(steps % self.factor_interval == 0 or not self._any_seen)
+        self._switch.mask = None
+        self.capture(self._curvature.wanted(steps))
 
     def _apply(self, steps: int) -> None:
         """Region 3: P = G^-1 D A^-1 for every block, its size, momentum, decay, update."""
@@ -306,64 +354,71 @@ class KFAC(Optimizer):
             if (lists := matrices.active()).rows
         ]
         for each in work:
-            self._precondition(each)
+            precondition(each, self._store.samples, self.options)
         norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
-        finite = torch.cat([*norms, self._skipped.new_zeros(1)]).sum().isfinite()
+        loose = [cast("Tensor", p.grad) for _, params in self._loose() for p in params]
+        of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
+        finite = torch.cat([*norms, *of_loose, self._curvature.damping_gain.new_zeros(1)]).sum().isfinite()
         healthy = known_true(finite)
-        self._skipped.add_(~finite)
-        for each, scales in zip(work, self._scales(work, norms), strict=True):
-            hyper = self._hyper(each.group, steps)
+        if not healthy:
+            self._curvature.events[0].add_(~finite)
+            self._curvature.monitor.watch()
+        for each, scale in zip(work, scales(work, norms, self.options), strict=True):
+            hyper = hyper_vector(each.group, steps, self.options, self._store.samples)
             if not healthy:
                 each.matrices.updates.masked_fill_(~finite, 0.0)
-                scales = torch.where(finite, scales, 0.0)
+                scale = torch.where(finite, scale, 0.0)
                 hyper = torch.where(finite, hyper, each.matrices.idle)
-            of_row = (-scales if each.group["maximize"] else scales).unbind()
+            of_row = (-scale if each.group["maximize"] else scale).unbind()
             of_param = [of_row[row] for row in each.lists.row_of_param]
             momentum_update_(each.lists.params, each.lists.momenta, each.lists.updates, of_param, hyper)
-        self._apply_fallback(finite)
+        if self.options.rescale != "none":
+            weights = [p for each in work for p in each.lists.params if p.dim() > 1]
+            rescale_(weights, self.options.rescale, finite)
+        for group, params in self._loose():
+            if params:
+                rule = FALLBACKS[self.options.fallback]
+                rule.update(params, self.state, group, None if healthy else finite)
 
-    def _precondition(self, work: Work) -> None:
-        """From gradients to the steps of all blocks of a group, of whatever size they come out."""
-        lists = work.lists
-        torch._foreach_copy_(lists.grads, [cast("Tensor", p.grad) for p in lists.params])
-        if self.reduction == "sum":
-            torch._foreach_div_(lists.row_grads, [self._store.samples[row.block.index] for row in lists.rows])
-        if self.loss_scale != 1.0:
-            work.matrices.grads.div_(self.loss_scale)
-        for row in lists.rows:
-            row.block.solve(row.grad, row.update)
-
-    def _scales(self, work: list[Work], norms: list[Tensor]) -> list[Tensor]:
-        """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
-        if self.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
-            return [
-                each.lists.root_sizes * (1 - each.group["momentum"]) / n.clamp_min(torch.finfo(n.dtype).tiny)
-                for each, n in zip(work, norms, strict=True)
-            ]
-        if self.update_size == "none" or not work:
-            return [torch.ones_like(n) for n in norms]
-        products = [torch.dot(each.matrices.updates, each.matrices.grads) * each.group["lr"] ** 2 for each in work]
-        nu = torch.sqrt(self.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
-        return [nu.expand_as(n) for n in norms]
-
-    def _hyper(self, group: dict[str, Any], steps: int) -> Tensor:
-        """[lr, momentum, weight_decay, weight of the momentum, weight of the update]: see `momentum_update_`."""
-        momentum = group["momentum"]
-        ahead = (momentum, 1.0) if self.nesterov else (1.0, 0.0)
-        bias = 1 - momentum ** (steps + 1 + self.nesterov) if self.update_size == "rms" else 1.0
-        values = [group["lr"], momentum, group["weight_decay"], ahead[0] / bias, ahead[1] / bias]
-        like = self._store.samples
-        if any(isinstance(v, Tensor) for v in values):
-            return torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values])
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-    def _apply_fallback(self, finite: Tensor) -> None:
+    def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
+        """Parameter groups without blocks, and those of their parameters that have gradients."""
         for group in self.param_groups:
             if group["kind"] == "fallback":
-                params = [p for p in group["params"] if p.grad is not None]
-                grads = [cast("Tensor", p.grad) for p in params]
-                if params and bool(finite & torch.stack(torch._foreach_norm(grads)).isfinite().all()):
-                    FALLBACKS[self.fallback].update(params, self.state, group)
+                yield group, [p for p in group["params"] if p.grad is not None]
+
+    # ---- was it a good step?
+
+    def _before(self, steps: int, evaluate: Evaluate | None) -> Before | None:
+        """What a measured step starts from; None where the damping rule measures nothing."""
+        interval = self.options.damping_rule.interval
+        if not interval or steps % interval:
+            return None
+        if evaluate is None:
+            raise ConfigurationError(
+                f"{type(self.options.damping_rule).__name__} expects step(evaluate=...) every {interval} steps, a "
+                "function that returns the loss of the batch without backward(); got none"
+            )
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        changing = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        state = [self.state[p][name] for p in params for name in changing if name in self.state[p]]
+        return Before.of(evaluated(self._model, evaluate, steps), params, state)
+
+    def _judge(self, before: Before, evaluate: Evaluate, steps: int) -> None:
+        """The reduction ratio moves the damping; a step that raised the loss is taken back if the rule says so."""
+        rule, summed = self.options.damping_rule, self.options.reduction == "sum"
+        after = evaluated(self._model, evaluate, steps)
+        units = self._store.samples.amax() if summed else 1.0
+        predicted = predicted_change(self.blocks.values(), before, self.options.loss_scale, units)
+        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
+        ratio = reduction_ratio(sign * before.loss, sign * after, sign * predicted)
+        self._curvature.damping_gain.copy_(
+            rule.adapt(self._curvature.damping_gain, ratio.to(self._curvature.damping_gain))
+        )
+        if rule.reject:
+            worse = ~(sign * after <= sign * before.loss)
+            before.restore_(worse)
+            self._curvature.events[3].add_(worse.to(self._curvature.events.device))
+            self._curvature.monitor.watch()
 
     # ---- state and reports
 
@@ -374,11 +429,8 @@ class KFAC(Optimizer):
         Raises StateMismatchError if the state is of another model or optimizer.
         """
         load_state_in_place(self, state_dict)
-        self._store.counts.zero_()
-        for bank in self._store.banks:
-            bank.sums.zero_()
-        self._any_seen = self._inverted = bool((self._store.folds > 0).any())
-        self._set_steps(cast("int", self.param_groups[0]["step"]))
+        self._curvature.resume()
+        self._set_steps(self._steps)
 
     def capture(self, enabled: bool) -> None:
         """Take statistics in the coming backward passes, or take none, until the next `step()` decides again."""
@@ -387,15 +439,19 @@ class KFAC(Optimizer):
     def detach(self) -> None:
         """Take the taps off the model; the optimizer can't step with fresh curvature afterwards."""
         self._switch.enabled = False
-        for handle in self._handles:
+        for handle in self._curvature.handles:
             handle.remove()
 
     def explain(self) -> Coverage:
         """Which parameter is trained how, and why: printable, one row for each parameter."""
-        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.fallback)
+        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback)
 
     def health(self) -> dict[str, dict[str, Any]]:
-        """Per block: residual of the last inverses, failed tries in a row, rung of the ladder; and "skipped_steps"."""
+        """Per block: residual of the last inverses, failed tries in a row, rung of the ladder.
+
+        "optimizer": how often a step was skipped ("skipped_steps") or taken back ("rejected_steps"), statistics were
+        dropped ("discarded_statistics") and inversions failed ("failed_inverses"); and the damping's multiplier.
+        """
         report: dict[str, dict[str, Any]] = {}
         for name, block in self.blocks.items():
             rows = [self._store.rows(key) for key in block.keys.values()]
@@ -404,5 +460,7 @@ class KFAC(Optimizer):
                 "failures": max(int(self._store.failures[r].max()) for r in rows),
                 "rung": RUNGS[max(int(self._store.rungs[r].max()) for r in rows)],
             }
-        report["optimizer"] = {"skipped_steps": int(self._skipped)}
+        counts = dict(zip(EVENTS, self._curvature.events.tolist(), strict=True))
+        gain = float(self._curvature.damping_gain) * self.options.damping_rule.factor(self._steps)
+        report["optimizer"] = {**counts, "damping_gain": gain}
         return report

@@ -1,0 +1,38 @@
+"""Putting taps on a model and taking them off again."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch.nn import Module, MultiheadAttention
+
+from triton_curv.blocks import Block, TiedEmbeddingRule, TiedRule
+from triton_curv.capture.attention import AttentionTaps, attach_attention
+from triton_curv.capture.tap import CaptureSwitch, LayerHook, ModelHook, Site
+
+
+class Handle(Protocol):
+    """Undoes one attachment."""
+
+    def remove(self) -> None:
+        """Take it off the model."""
+
+
+def attach_taps(model: Module, blocks: Iterable[Block], switch: CaptureSwitch) -> list[Handle]:
+    """Tap every block's layers while `switch.enabled`: by forward hooks, attention by another forward."""
+    hooks: list[Handle] = [model.register_forward_pre_hook(ModelHook(switch))]
+    attentions = {m.out_proj: m for m in model.modules() if type(m) is MultiheadAttention}
+    taps: dict[MultiheadAttention, AttentionTaps] = {}
+    for block in blocks:
+        rule = block.rule
+        if isinstance(rule.module, MultiheadAttention):
+            own = taps.setdefault(rule.module, AttentionTaps(switch))
+            for role, source in getattr(rule, "sources", {}).items():
+                own.add(role, Site(block, source, counted=role == next(iter(getattr(rule, "sources", {})))))
+        elif rule.module in attentions:
+            taps.setdefault(attentions[rule.module], AttentionTaps(switch)).add("out", Site(block, rule))
+        else:
+            members = rule.members if isinstance(rule, TiedRule | TiedEmbeddingRule) else [(rule.module, rule)]
+            for module, source in members:
+                hook = LayerHook(Site(block, source), switch)
+                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    return [*hooks, *(attach_attention(module, own) for module, own in taps.items())]

@@ -1,0 +1,55 @@
+"""Batches of symmetric matrices as rows of packed triangles: `pack_symmetric` of the kernels for (batch, n, n)."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from triton_curv_kernels import pack_symmetric, unpack_symmetric
+from triton_curv_kernels.backend import use_reference
+
+WIDEST_BATCHED = 32  # on a GPU, larger matrices go to the kernels one by one; of smaller ones there are thousands
+
+
+def packed_size(n: int) -> int:
+    """Numbers in one triangle, its diagonal included."""
+    return n * (n + 1) // 2
+
+
+def pack(matrices: Tensor) -> Tensor:
+    """(batch, n, n) symmetric -> (batch, n (n + 1) / 2), each row laid out as `pack_symmetric` of the kernels does."""
+    batch, n, _ = matrices.shape
+    if n > WIDEST_BATCHED and not use_reference(matrices):
+        return pack_symmetric(list(matrices.unbind()), matrices.dtype).view(batch, -1)
+    half, even = (n + 1) // 2, 1 - n % 2
+    packed = torch.empty((batch, packed_size(n)), dtype=matrices.dtype, device=matrices.device)
+    rectangle = packed.view(batch, n + even, half)
+    rectangle[:, even:].copy_(matrices[:, :, :half])
+    small = rectangle[:, : n - half, 1 - even :]
+    small.tril_(-1).add_(matrices[:, half:, half:].triu())
+    return packed
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """(batch, n (n + 1) / 2) -> (batch, n, n), a fresh tensor, bitwise symmetric."""
+    if n > WIDEST_BATCHED and not use_reference(packed):
+        return torch.stack(unpack_symmetric(packed.reshape(-1), [n] * len(packed), packed.dtype))
+    half, even = (n + 1) // 2, 1 - n % 2
+    rectangle = packed.view(-1, n + even, half)
+    matrices = torch.empty((len(packed), n, n), dtype=packed.dtype, device=packed.device)
+    matrices[:, :, :half] = rectangle[:, even:]
+    matrices[:, half:, half:] = rectangle[:, : n - half, 1 - even :].mT
+    matrices.tril_()
+    return matrices.add_(matrices.tril(-1).mT)
+
+
+@lru_cache(maxsize=1024)
+def _diagonal(n: int) -> tuple[int, ...]:
+    half, even = (n + 1) // 2, 1 - n % 2
+    first = [(i + even) * half + i for i in range(half)]
+    return (*first, *((i - half) * half + i - half + 1 - even for i in range(half, n)))
+
+
+def diagonal_places(n: int, device: torch.device) -> Tensor:
+    """Where the n diagonal elements lie in a packed row."""
+    return torch.tensor(_diagonal(n), dtype=torch.int64, device=device)
