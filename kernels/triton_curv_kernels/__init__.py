@@ -5,11 +5,13 @@ from triton_curv_kernels.cg import cg_direction_, cg_update_
 from triton_curv_kernels.factor import accumulate_factor_
 from triton_curv_kernels.momentum import momentum_update_
 from triton_curv_kernels.neumann import neumann_update_
+from triton_curv_kernels.patch import accumulate_patch_factor_
 from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric
 
 __all__ = [
     # factors
     "accumulate_factor_",
+    "accumulate_patch_factor_",
     "pack_symmetric",
     "unpack_symmetric",
     # updates
