@@ -161,17 +161,21 @@ def _candidates(problem: PatchProblem) -> Iterator[PatchConfig]:
     """Tiles that do not spill, no larger than the channels are; all splits with parts of 512 rows or more."""
     fp32, hip = problem.dtype == torch.float32, problem.limits.platform == "hip"
     algorithms: tuple[Algorithm, ...] = ("implicit",)
-    columns, largest = problem.per_group, 128 if problem.aligned else 64
+    columns = problem.per_group
+    if hip:  # short of scalar registers, in which masks and addresses are
+        largest = 64 if problem.aligned else 16
+    else:
+        largest = 128 if problem.aligned else 64
     if problem.per_group < 16:
-        algorithms, columns, largest = ("gather",), problem.n, 32 if fp32 else 64
+        algorithms, columns, largest = ("gather",), problem.n, 32 if fp32 or hip else 64
     elif problem.geometry.shares_displacements and problem.geometry.kernel_positions > 1:
         algorithms = ("implicit", "displacement")
     for algorithm, block_n in product(algorithms, (16, 32, 64, 128)):
         if block_n > largest or block_n > max(16, triton.next_power_of_2(columns)):
             continue
-        narrow = block_n == 16 or algorithm == "gather" or not problem.aligned
-        block_k = 16 if fp32 else 32 if narrow else 64
-        num_warps = {16: 1, 32: 4, 64: 4 if problem.aligned and algorithm != "gather" else 8, 128: 8}[block_n]
+        narrow = algorithm == "gather" or not problem.aligned
+        block_k = 16 if fp32 or block_n == 16 else 32 if narrow else 64
+        num_warps = {16: 1, 32: 4, 64: 4 if problem.aligned and algorithm == "displacement" else 8, 128: 8}[block_n]
         num_stages = 2 if hip or algorithm == "gather" or (fp32 and block_n == 128) else 3
         for split_k in SPLITS:
             if split_k == 1 or 512 * split_k <= problem.rows:

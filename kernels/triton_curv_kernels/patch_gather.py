@@ -40,7 +40,7 @@ def _patch_columns(
 def _is_inside(pixel, column, size):
     """(pixels, columns): whether a patch element lies in the image along a dimension."""
     place = pixel[:, None] + column[None, :]
-    return (place >= 0) & (place < size)
+    return place.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)  # a negative one becomes large
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
