@@ -87,9 +87,9 @@ def launch_accumulate_patch_factor_(
     if config.algorithm == "gather" or input.stride(1) == 1 or per_group == 1:
         _launch(factor, input, problem, alpha, beta, config)
         return
-    parts = max(1, min(problem.samples, triton.cdiv(20, geometry.kernel_positions)))
-    for some in input.tensor_split(parts):
-        nearby = some.movedim(1, -1).contiguous().movedim(-1, 1)
+    parts = triton.cdiv(20, geometry.kernel_positions)
+    for some in input.split(max(1, triton.cdiv(problem.samples, parts))):
+        nearby = some.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         _launch(factor, nearby, PatchProblem.of(nearby, groups, geometry, ones), alpha, beta, config)
         beta = 1.0
 

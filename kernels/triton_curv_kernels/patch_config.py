@@ -162,10 +162,9 @@ def _candidates(problem: PatchProblem) -> Iterator[PatchConfig]:
     fp32, hip = problem.dtype == torch.float32, problem.limits.platform == "hip"
     algorithms: tuple[Algorithm, ...] = ("implicit",)
     columns = problem.per_group
+    largest = 128 if problem.aligned else 64
     if hip:  # short of scalar registers, in which masks and addresses are
         largest = 64 if problem.aligned else 16
-    else:
-        largest = 128 if problem.aligned else 64
     if problem.per_group < 16:
         algorithms, columns, largest = ("gather",), problem.n, 32 if fp32 or hip else 64
     elif problem.geometry.shares_displacements and problem.geometry.kernel_positions > 1:

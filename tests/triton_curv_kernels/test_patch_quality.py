@@ -116,9 +116,7 @@ def test_hungriest_config_that_prune_keeps_fits(arch: Arch) -> None:
     kept = prune(CONFIGS, replace(PatchProblem.of(input, 1, geometry, ones=False), limits=limits(arch)))
     hungriest = max(kept, key=lambda c: (c.BLOCK_N * c.BLOCK_K * c.num_stages, c.BLOCK_N))
     factor = empty(1, 2304, 2304)
-    launches = dry_launches(
-        arch, lambda: launch_accumulate_patch_factor_(factor, input, geometry, config=hungriest)
-    )
+    launches = dry_launches(arch, lambda: launch_accumulate_patch_factor_(factor, input, geometry, config=hungriest))
     assert all(report(each).fits_shared for each in launches)
 
 
