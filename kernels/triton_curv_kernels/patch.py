@@ -20,9 +20,9 @@ from torch.library import custom_op, triton_op
 from torch.nn import functional
 
 from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
-from triton_curv_kernels.factor import INPUT_DTYPES, _finish_kernel, launch_accumulate_factor_
+from triton_curv_kernels.factor import INPUT_DTYPES, launch_accumulate_factor_
 from triton_curv_kernels.patch_config import CONFIGS, NUMERICS, PatchConfig, PatchProblem, default_config, prune
-from triton_curv_kernels.patch_gather import _gather_kernel
+from triton_curv_kernels.patch_gather import _finish_gather_kernel, _gather_kernel
 from triton_curv_kernels.patch_geometry import PaddingMode, PatchGeometry, padding_sides, per_dimension
 from triton_curv_kernels.patch_products import _blocks_kernel, _products_kernel
 from triton_curv_kernels.patch_reference import accumulate_patch_factor_reference
@@ -145,7 +145,7 @@ def _launch(
         )
         if splits > 1:
             finish = (problem.rows, problem.n, alpha, beta, splits, *factor.stride())
-            wrap_triton(_finish_kernel)[(programs,)](factor, workspace, *finish, **tiling)
+            wrap_triton(_finish_gather_kernel)[(programs,)](factor, workspace, *finish, **tiling)
         return
     displacement = config.algorithm == "displacement"
     wrap_triton(_products_kernel)[(programs, splits)](

@@ -6,8 +6,22 @@
 import triton
 import triton.language as tl
 
-from triton_curv_kernels.factor import _count_programs, _slot_of, _store_border, _store_tile, _tile_of
 from triton_curv_kernels.patch_pixels import GEOMETRY, _first_pixels, _next_pixels
+from triton_curv_kernels.patch_store import _slot_of, _store_block, _store_sums, _tile_of
+
+
+@triton.jit
+def _count_programs(n, ONES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of one group: rows of tiles, tiles in the lower triangle, programs (one a tile, then the ones)."""
+    tiles = tl.cdiv(n, BLOCK_N)
+    triangle = tiles * (tiles + 1) // 2
+    return tiles, triangle, triangle + (tl.maximum(tiles, 1) if ONES else 0)
+
+
+@triton.jit
+def _store_tile(factor, value, row, column, n, beta, stride_i, stride_j, BLOCK_N: tl.constexpr):
+    """C <- beta C + value at tile (row, column) and at its mirror image: the whole factor as one block."""
+    _store_block(factor, value, row, column, n, 0, 0, 1, 1, 1, 1, 1, beta, stride_i, stride_j, BLOCK_N)
 
 
 @triton.jit
@@ -168,7 +182,7 @@ def _gather_kernel(
         if SPLIT:
             tl.store(part + in_block[:, None] * BLOCK_N + in_block[None, :], acc)
         else:
-            _store_tile(factor, acc, row, column, n, alpha, beta, stride_fi, stride_fj, BLOCK_N)
+            _store_tile(factor, alpha * acc, row, column, n, beta, stride_fi, stride_fj, BLOCK_N)
     else:
         column_acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
         for step in range(first, last):
@@ -184,4 +198,43 @@ def _gather_kernel(
         if SPLIT:
             tl.store(part + in_block, sums)
         else:
-            _store_border(factor, sums, p - triangle, n, rows, alpha, beta, stride_fi, stride_fj, BLOCK_N)
+            _store_sums(factor, sums, 0, p - triangle, n, n, rows, alpha, beta, stride_fi, stride_fj, BLOCK_N)
+
+
+@triton.jit
+def _finish_gather_kernel(
+    # tensors
+    factor,
+    workspace,
+    # sizes and scales
+    rows,
+    n,
+    alpha,
+    beta,
+    splits,
+    # strides
+    stride_fb,
+    stride_fi,
+    stride_fj,
+    # configuration
+    ONES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the partial tiles (or column sums) of all parts of K, in their order, and store."""
+    tiles, triangle, programs = _count_programs(n, ONES, BLOCK_N)
+    p = tl.program_id(0) % programs
+    factor += (tl.program_id(0) // programs).to(tl.int64) * stride_fb
+    in_block = tl.arange(0, BLOCK_N)
+
+    if p < triangle:
+        row, column = _tile_of(p, tiles)
+        acc = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
+        for split in range(splits):
+            part = workspace + _slot_of(split) * (BLOCK_N * BLOCK_N)
+            acc += tl.load(part + in_block[:, None] * BLOCK_N + in_block[None, :])
+        _store_tile(factor, alpha * acc, row, column, n, beta, stride_fi, stride_fj, BLOCK_N)
+    else:
+        sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for split in range(splits):
+            sums += tl.load(workspace + _slot_of(split) * (BLOCK_N * BLOCK_N) + in_block)
+        _store_sums(factor, sums, 0, p - triangle, n, n, rows, alpha, beta, stride_fi, stride_fj, BLOCK_N)

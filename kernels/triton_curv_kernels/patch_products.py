@@ -13,7 +13,6 @@ in the second kernel, which follows.
 import triton
 import triton.language as tl
 
-from triton_curv_kernels.factor import _slot_of, _tile_of
 from triton_curv_kernels.patch_pixels import (
     GEOMETRY,
     _add_products,
@@ -22,7 +21,7 @@ from triton_curv_kernels.patch_pixels import (
     _seen_from_all,
     _sum_pixels,
 )
-from triton_curv_kernels.patch_store import _store_block, _store_sums
+from triton_curv_kernels.patch_store import _slot_of, _store_block, _store_sums, _tile_of
 
 
 @triton.jit

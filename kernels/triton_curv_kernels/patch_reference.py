@@ -61,7 +61,7 @@ def prefers_displacement(geometry: PatchGeometry, samples: int, per_group: int, 
     displaced = groups * calls * pixels * 2 * per_group * (per_group + 16) / 70e9
     displaced += (calls * chunks + geometry.kernel_positions) * 10e-6
     for starts in _unvisited_sets(geometry):
-        count, offsets = prod(s.count for s in starts), prod(s.offsets for s in starts)
+        count, offsets = prod(s.places for s in starts), prod(s.offsets for s in starts)
         displaced += product_time(samples * count, offsets * per_group) + chunks * 60e-6
         if displaced > 0.7 * patches:
             return False
@@ -202,7 +202,7 @@ def _take_unvisited_away(
     for starts in _unvisited_sets(geometry):
         first = lead + sum((s.first + s.offset * geometry.dilation[i]) * row_strides[i] for i, s in enumerate(starts))
         patches = memory.as_strided(
-            (groups, samples, *(s.count for s in starts), *(s.offsets for s in starts), per_group),
+            (groups, samples, *(s.places for s in starts), *(s.offsets for s in starts), per_group),
             (
                 per_group,
                 per_sample,
@@ -223,10 +223,10 @@ def _take_unvisited_away(
 
 
 class _Starts(NamedTuple):
-    """`count` patch starts from `first` on, and the kernel positions from `offset` on that touch the image there."""
+    """`places` patch starts from `first` on, and the kernel positions from `offset` on that touch the image there."""
 
     first: int
-    count: int
+    places: int
     offset: int
     offsets: int
     given: bool  # one given place; else all there are

@@ -6,7 +6,28 @@
 import triton
 import triton.language as tl
 
-from triton_curv_kernels.factor import _halves
+
+@triton.jit
+def _tile_of(p, tiles):
+    """Tile (row, column), row >= column, number p of a triangle of `tiles` rows, as in factor.py."""
+    pair = p // (tiles + 1)
+    j = p % (tiles + 1)
+    is_long = j < tiles - pair
+    row = tl.where(is_long, tiles - 1 - pair, pair)
+    column = tl.where(is_long, j, j - (tiles - pair))
+    return row, column
+
+
+@triton.jit
+def _slot_of(split):
+    """The program's place in the workspace, in tiles."""
+    return tl.num_programs(0).to(tl.int64) * split + tl.program_id(0)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit

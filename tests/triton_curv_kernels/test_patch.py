@@ -36,11 +36,11 @@ SETTINGS = {
     "no samples": Setting((0, 2, 4, 4), (2, 2)),
     "one pixel": Setting((1, 1, 1, 1), (1, 1)),
     "two tiles": Setting((3, 18, 5), (2,), {"padding": "same"}, channels_last=True),
-    "2d": Setting((2, 3, 4, 5), (2, 3), {"padding": (0, 1)}, channels_last=True),
+    "2d": Setting((1, 3, 4, 5), (2, 3), {"padding": (0, 1)}, channels_last=True),
     "stride": Setting((2, 3, 6, 5), (2, 2), {"padding": 1, "stride": (2, 1)}),
     "dilation": Setting((2, 3, 4, 5), (2, 2), {"padding": (1, 2), "dilation": (1, 2)}),
-    "groups": Setting((2, 2, 4, 3), (2, 2), {"padding": 1, "groups": 2}, channels_last=True),
-    "depthwise": Setting((3, 1, 4, 3), (2, 2), {"groups": 3}),
+    "groups": Setting((2, 2, 4, 3), (1, 2), {"padding": 1, "groups": 2}, channels_last=True),
+    "depthwise": Setting((3, 1, 5), (2,), {"groups": 3}),
     "larger kernel": Setting((2, 2, 2), (4,), {"padding": 3}),
     "3d": Setting((2, 2, 3, 3, 4), (2, 1, 2), {"padding": (1, 0, 1)}),
 }
@@ -86,11 +86,13 @@ def test_large_tiles_are_stored_whole(algorithm: Any, block: int) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("config", ONE_PASS, ids=ALGORITHMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(GATHER, torch.bfloat16), (IMPLICIT, torch.float32), (DISPLACEMENT, torch.bfloat16), (SPLIT[1], torch.float16)],
+)
 def test_launch_accumulates_in_fp32(config: PatchConfig, dtype: torch.dtype) -> None:
     """Rounding of products or sums to 16 bits, or to TF32, would be off by 1e-3."""
-    setting = Setting((3, 5, 12), (3,), {"padding": 1})
+    setting = Setting((3, 5, 12), (2,), {"padding": 1})
     input = torch.randn(setting.input, generator=torch.Generator().manual_seed(0)).to(dtype)
     factor = setting.factor(ones=True)
     target = setting.expected(factor, input, 0.7, 0.3, ones=True)
@@ -99,9 +101,9 @@ def test_launch_accumulates_in_fp32(config: PatchConfig, dtype: torch.dtype) -> 
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("config", [*ONE_PASS, *SPLIT[1:]], ids=lambda c: f"{c.algorithm}-{c.SPLIT_K}")
+@pytest.mark.parametrize("config", [GATHER, SPLIT[2]], ids=["gather", "displacement"])
 def test_second_call_equals_the_first(config: PatchConfig) -> None:
-    setting = Setting((2, 3, 5, 4), (2, 2), {"padding": 1})
+    setting = Setting((2, 3, 8), (2,), {"padding": 1})
     input = torch.randn(setting.input, generator=torch.Generator().manual_seed(0))
     first, second = setting.factor(ones=True), setting.factor(ones=True)
     for factor in (first, second):
@@ -163,7 +165,7 @@ def test_opcheck() -> None:
     geometry = ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1])
     config = PatchConfig("implicit", 64, 32, 2).to_ints()
     torch.library.opcheck(ops.accumulate_patch_factor_, (factor, input, *geometry, 0.5, 0.9, True, config))
-    torch.library.opcheck(ops.accumulate_patch_factor_, (factor[:, :27, :27], input[:0, :3].bfloat16().contiguous(), *geometry))
+    torch.library.opcheck(ops.accumulate_patch_factor_, (factor[:, :27, :27], input[:1, :3].bfloat16(), *geometry))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -53,13 +53,18 @@ def check(
         assert each.spills == 0, (config, each)
         assert each.fits_shared, each
         assert each.counts["ATOM"] == each.counts["atomic"] == 0, each
-    second = {"gather": "_finish_kernel"}.get(config.algorithm, "_blocks_kernel")
+    second = {"gather": "_finish_gather_kernel"}.get(config.algorithm, "_blocks_kernel")
     assert [each.name for each in reports[1:]] == [second] * (config.SPLIT_K > 1 or config.algorithm == "displacement")
     return config, reports
 
 
-@every_arch
-@pytest.mark.parametrize("sizes", [(32, 64, 56, 56), (32, 512, 7, 7)], ids=str)
+LONG, SHORT = (32, 64, 56, 56), (32, 512, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes"),
+    [*((arch, LONG) for arch in MACHINES), ("sm_80", SHORT), ("sm_90", SHORT), ("gfx942", SHORT)],
+)
 def test_3x3_of_16_bits_by_displacement(arch: Arch, sizes: tuple[int, ...]) -> None:
     """ResNet-50: long sums, split, of few channels; short ones of many channels, stored at once."""
     input = images(*sizes)
@@ -79,7 +84,7 @@ def test_3x3_of_16_bits_with_stride(arch: Arch) -> None:
     assert reports[0].matrix_instructions > 0
 
 
-@every_arch
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 def test_3x3_of_float32(arch: Arch) -> None:
     input = images(256, 256, 14, 14, dtype=torch.float32)
     config, reports = check(arch, input, kernel3(input))
@@ -87,8 +92,10 @@ def test_3x3_of_float32(arch: Arch) -> None:
     assert arch == "gfx942" or (reports[0].matrix_instructions == 0 and reports[0].counts["FFMA"] > 0)
 
 
-@every_arch
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [*((arch, torch.bfloat16) for arch in MACHINES), ("sm_80", torch.float32), ("gfx942", torch.float32)],
+)
 def test_stem_by_gathering(arch: Arch, dtype: torch.dtype) -> None:
     input = images(32, 3, 224, 224, dtype=dtype)
     config, _ = check(arch, input, PatchGeometry.of((224, 224), (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)))
@@ -101,7 +108,7 @@ def test_channels_that_are_no_multiple_of_16(arch: Arch) -> None:
     check(arch, input, kernel3(input))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90"])
 def test_tf32x3_uses_tensor_cores(arch: Arch) -> None:
     input = images(32, 64, 56, 56, dtype=torch.float32)
     config = PatchConfig("displacement", 64, 16, 4, num_warps=8, num_stages=2, input_precision="tf32x3")

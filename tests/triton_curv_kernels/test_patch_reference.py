@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -90,14 +91,14 @@ ZEROS = {
 @pytest.mark.parametrize("name", ZEROS)
 def test_both_ways_are_exact(name: str, way: Callable[..., None]) -> None:
     for beta, ones, scratch in ((0.0, True, 1), (0.25, False, 1 << 19), (1.0, True, 1 << 19)):
-        check(ZEROS[name], lambda *args, scratch=scratch: way(*args, scratch=scratch), beta, ones)
+        check(ZEROS[name], partial(way, scratch=scratch), beta, ones)
 
 
 @pytest.mark.parametrize("stride", [2, (1, 3)])
 def test_patches_with_stride_are_exact(stride: int | tuple[int, int]) -> None:
     setting = Setting((3, 2, 8, 7), (3, 2), {"padding": (1, 0), "stride": stride, "dilation": (1, 2)})
     for scratch in (1, 1 << 19):
-        check(setting, lambda *args, scratch=scratch: by_patches(*args, scratch=scratch), 0.25, True)
+        check(setting, partial(by_patches, scratch=scratch), 0.25, True)
 
 
 @pytest.mark.parametrize(("channels", "displaced"), [(64, True), (3, False)])

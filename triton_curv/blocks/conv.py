@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from triton_curv.blocks.rule import FactorShape, Uses
 from triton_curv_kernels import accumulate_factor_, accumulate_patch_factor_
-from triton_curv_kernels.patch_geometry import PaddingMode
 
 
 class ConvRule:
@@ -50,7 +48,7 @@ class ConvRule:
             conv.dilation,
             groups,
             ones=self.has_bias,
-            padding_mode=cast(PaddingMode, conv.padding_mode),
+            padding_mode=conv.padding_mode,
         )
         # (samples, groups * per_group, positions) -> (groups, samples * positions, per_group)
         signal = grad_output.reshape(grad_output.shape[0], groups, per_group, -1)
