@@ -42,6 +42,9 @@ SETTINGS = {
     "groups": Setting((2, 2, 4, 3), (1, 2), {"padding": 1, "groups": 2}, channels_last=True),
     "depthwise": Setting((3, 1, 5), (2,), {"groups": 3}),
     "larger kernel": Setting((2, 2, 2), (4,), {"padding": 3}),
+    # several steps of 16 pixels, which go over the ends of rows, planes, images and samples
+    "many steps": Setting((9, 2, 5), (2,), {"padding": 1}),
+    "many steps 3d": Setting((5, 1, 2, 3, 5), (1, 1, 2), {"padding": (0, 0, 1)}),
     "3d": Setting((2, 2, 3, 3, 4), (2, 1, 2), {"padding": (1, 0, 1)}),
 }
 
