@@ -9,6 +9,7 @@ from triton_curv_kernels.factor_group import accumulate_factors_
 from triton_curv_kernels.momentum import momentum_update_
 from triton_curv_kernels.neumann import neumann_update_
 from triton_curv_kernels.packed import from_dense, packed_offsets, to_dense
+from triton_curv_kernels.patch import accumulate_patch_factor_
 from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "accumulate_factor_",
     "accumulate_factors_",
     # packed symmetric matrices: a list in one launch; one, dense and back
+    "accumulate_patch_factor_",
     "pack_symmetric",
     "unpack_symmetric",
     "packed_offsets",

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvNd
 
-from triton_curv.blocks.patches import patch_rows
 from triton_curv.blocks.rule import FactorShape, Uses
-from triton_curv_kernels import accumulate_factor_
+from triton_curv_kernels import accumulate_factor_, accumulate_patch_factor_
 
 
 class ConvRule:
@@ -39,21 +38,30 @@ class ConvRule:
         self.approximation = "Kronecker per group; exact for one output position in deep linear nets"
 
     def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
-        """A += patches^T patches and G += g^T g over all samples and positions."""
+        """A += patches^T patches, without patches, and G += g^T g over all samples and positions."""
         if inputs.dim() == len(self.module.kernel_size) + 1:
             inputs, grad_output = inputs[None], grad_output[None]
+        conv = self.module
         groups, per_group, _ = self.matrix_shape
-        patches = patch_rows(self.module, inputs)
+        accumulate_patch_factor_(
+            sums["A"],
+            inputs,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            groups,
+            ones=self.has_bias,
+            padding_mode=conv.padding_mode,
+        )
         # (samples, groups * per_group, positions) -> (groups, samples * positions, per_group)
         signal = grad_output.reshape(grad_output.shape[0], groups, per_group, -1)
         signal = signal.permute(1, 0, 3, 2).reshape(groups, -1, per_group)
         if groups == 1:
-            accumulate_factor_(sums["A"][0], patches[0], ones=self.has_bias)
             accumulate_factor_(sums["G"][0], signal[0])
         else:
-            accumulate_factor_(sums["A"], patches, ones=self.has_bias)
             accumulate_factor_(sums["G"], signal)
-        return Uses(samples=inputs.shape[0], rows=patches.shape[1])
+        return Uses(samples=inputs.shape[0], rows=signal.shape[1])
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """Weight: all columns but the bias's; bias: the last column. Groups follow one another."""
