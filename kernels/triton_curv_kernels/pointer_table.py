@@ -19,7 +19,7 @@ A trace (torch.compile) has no addresses: there the launchers fall back to one l
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from threading import Lock
@@ -64,6 +64,15 @@ class Piece(NamedTuple):
     outer: Axis
     middle: Axis
     inner: Axis
+
+    @property
+    def numel(self) -> int:
+        return self.outer.size * self.middle.size * self.inner.size
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements lie next to each other in each tensor."""
+        return self.numel == self.inner.size and (self.inner.size == 1 or set(self.inner.strides) == {1})
 
 
 def pieces(axes: Sequence[Axis], lists: int) -> Iterator[Piece]:
@@ -146,20 +155,28 @@ _sources_of_graphs: list[Tensor] = []
 
 
 def pointer_table(
-    lists: Sequence[Sequence[Tensor]], block: int, words: Sequence[Sequence[int]] | None = None
+    lists: Sequence[Sequence[Tensor]],
+    block: int,
+    check: Callable[[], None],
+    words: Sequence[Sequence[int]] | None = None,
 ) -> PointerTable:
     """The table of `lists`, whose tensors are not traced ones, for programs of `block` elements.
 
-    `words`: for each place in the lists two integers of the op's own, part of the key.
+    Args:
+        lists: as many tensors each.
+        block: elements a program handles.
+        check: called before a new table is made, to raise if the op does not take these shapes and dtypes.
+        words: for each place in the lists two integers of the op's own, part of the key.
 
     Raises:
-        UnsupportedInputError: tensors of unequal shapes or on several devices, or a dtype without a code.
+        UnsupportedInputError: tensors on several devices, or a dtype without a code.
 
     """
     device = lists[0][0].device if lists and lists[0] else torch.device("cpu")
     on_cuda = device.type == "cuda"
     tensors = [(t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in chain(*lists)]
     if on_cuda and torch.cuda.is_current_stream_capturing():
+        check()
         return _build(lists, block, words, device, capturing=True)
     stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
     key = (len(lists), block, stream, *tensors, *chain(*(words or ())))
@@ -167,6 +184,7 @@ def pointer_table(
         if (table := _cache.get(key)) is not None:
             _cache.move_to_end(key)
             return table
+    check()
     table = _build(lists, block, words, device)
     with _lock:
         _cache[key] = table
@@ -188,7 +206,7 @@ def _build(
         _check(place, tensors, device)
         if tensors[0].numel() > 0:
             parts = list(pieces(merged_axes(*tensors), len(lists)))
-            blocks = [triton.cdiv(_numel(part), block) for part in parts]
+            blocks = [triton.cdiv(part.numel, block) for part in parts]
             whole = [sum(counts), sum(blocks), *own]
             records += [_record(tensors, part, whole) for part in parts]
             counts += blocks
@@ -211,17 +229,12 @@ def _build(
     )
 
 
-def _numel(piece: Piece) -> int:
-    return piece.outer.size * piece.middle.size * piece.inner.size
-
-
 def _record(tensors: Sequence[Tensor], piece: Piece, whole: Sequence[int]) -> list[int]:
     addresses = [t.data_ptr() + start * t.itemsize for t, start in zip(tensors, piece.starts, strict=True)]
-    dense = piece.middle.size == 1 == piece.outer.size and (piece.inner.size == 1 or set(piece.inner.strides) == {1})
-    aligned = dense and all(address % 16 == 0 for address in addresses)
+    aligned = piece.dense and all(address % 16 == 0 for address in addresses)
     strides = zip(piece.outer.strides, piece.middle.strides, piece.inner.strides, strict=True)
     codes = [CODES[t.dtype] for t in tensors]
-    return [_numel(piece), aligned, piece.inner.size, piece.middle.size, *whole, *addresses, *chain(*strides), *codes]
+    return [piece.numel, aligned, piece.inner.size, piece.middle.size, *whole, *addresses, *chain(*strides), *codes]
 
 
 def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
@@ -230,10 +243,6 @@ def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
 
 
 def _check(place: int, tensors: Sequence[Tensor], device: torch.device) -> None:
-    if len({t.shape for t in tensors}) > 1:
-        raise UnsupportedInputError(
-            f"expected tensors of one shape at place {place}, got {', '.join(str(tuple(t.shape)) for t in tensors)}"
-        )
     if any(t.device != device for t in tensors):
         raise UnsupportedInputError(
             f"expected all tensors on one device, got {device} and, at place {place}, "
@@ -243,6 +252,15 @@ def _check(place: int, tensors: Sequence[Tensor], device: torch.device) -> None:
         raise UnsupportedInputError(
             f"expected {', '.join(map(str, CODES))}, got at place {place} {', '.join(str(t.dtype) for t in tensors)}"
         )
+
+
+def check_shapes(*lists: Sequence[Tensor]) -> None:
+    """Raise UnsupportedInputError unless tensors at the same place of the lists have the same shape."""
+    for place, tensors in enumerate(zip(*lists, strict=True)):
+        if any(t.shape != tensors[0].shape for t in tensors):
+            raise UnsupportedInputError(
+                f"expected tensors of one shape at place {place}, got {', '.join(str(tuple(t.shape)) for t in tensors)}"
+            )
 
 
 def is_traced(*lists: Sequence[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from triton_curv_kernels.pointer_table import HEADER
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, None: None}
 FINISH_BLOCK = 8192  # the norm of 124 million elements in 8 rounds of loads
+STEPS = tl.constexpr(4)  # a block that is not read as vectors is taken in parts: indices and offsets need registers
 _HEADER = tl.constexpr(HEADER)
 
 
@@ -27,30 +28,32 @@ def find_block(records_ptr, blocks_ptr, BLOCK: tl.constexpr, LISTS: tl.constexpr
 
 
 @triton.jit
-def split_index(first, numel, inner, middle, BLOCK: tl.constexpr):
-    # indices of the elements `first`, `first` + 1, ... of (outer, middle, inner), and which of them there are
-    within = tl.arange(0, BLOCK)
+def split_index(first, size, COUNT: tl.constexpr):
+    # (outer, middle, inner) indices of COUNT elements from `first` on, and which there are; size = numel, inner, middle
+    numel, inner, middle = size
+    within = tl.arange(0, COUNT)
     row = first // inner
     i = (first % inner).to(tl.int32) + within
     m = (row % middle).to(tl.int32) + i // inner.to(tl.int32)
     o = row // middle + m // middle.to(tl.int32)
-    return (
-        o.to(tl.int64),
-        (m % middle.to(tl.int32)).to(tl.int64),
-        (i % inner.to(tl.int32)).to(tl.int64),
-        first + within < numel,
-    )
+    m = (m % middle.to(tl.int32)).to(tl.int64)
+    return (o, m, (i % inner.to(tl.int32)).to(tl.int64)), first + within < numel
 
 
 @triton.jit
-def record_index(record, first, BLOCK: tl.constexpr):
-    return split_index(first, tl.load(record), tl.load(record + 2), tl.load(record + 3), BLOCK)
+def offsets(index, strides):
+    return index[0] * strides[0] + index[1] * strides[1] + index[2] * strides[2]
 
 
 @triton.jit
-def record_offsets(record, o, m, i, WHICH: tl.constexpr, LISTS: tl.constexpr):
+def record_size(record):
+    return tl.load(record), tl.load(record + 2), tl.load(record + 3)
+
+
+@triton.jit
+def record_strides(record, WHICH: tl.constexpr, LISTS: tl.constexpr):
     strides = record + _HEADER + LISTS + 3 * WHICH
-    return o * tl.load(strides) + m * tl.load(strides + 1) + i * tl.load(strides + 2)
+    return tl.load(strides), tl.load(strides + 1), tl.load(strides + 2)
 
 
 @triton.jit

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from triton_curv_kernels.backend import UnsupportedInputError
-from triton_curv_kernels.momentum import (
-    CONFIGS,
-    MomentumConfig,
-    default_config,
-    launch_momentum_update_,
-    merged_axes,
-    momentum_update_,
-    prune,
-)
+from triton_curv_kernels.momentum import launch_momentum_update_, momentum_update_
+from triton_curv_kernels.pointer_table import ListConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # a parameter is rounded once: half a unit in the last place, plus fp32 noise
@@ -32,7 +25,7 @@ both = pytest.mark.parametrize(
         pytest.param(momentum_update_, id="reference"),
         pytest.param(launch_momentum_update_, id="default", marks=pytest.mark.interpreter),
         pytest.param(
-            partial(launch_momentum_update_, config=MomentumConfig(BLOCK=64, num_warps=1)),
+            partial(launch_momentum_update_, config=ListConfig(BLOCK=64, num_warps=1)),
             id="small blocks",
             marks=pytest.mark.interpreter,
         ),
