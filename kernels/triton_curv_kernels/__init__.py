@@ -1,7 +1,7 @@
 """Triton kernels for curvature optimizers, each beside its plain-torch reference."""
 
 from triton_curv_kernels.backend import BackendError, UnsupportedInputError
-from triton_curv_kernels.cg import cg_direction_, cg_update_
+from triton_curv_kernels.cg import cg_direction_, cg_dot, cg_dots, cg_update_
 from triton_curv_kernels.factor import accumulate_factor_
 from triton_curv_kernels.momentum import momentum_update_
 from triton_curv_kernels.neumann import neumann_update_
@@ -17,6 +17,8 @@ __all__ = [
     "neumann_update_",
     # vector recurrences of conjugate gradients
     "cg_direction_",
+    "cg_dot",
+    "cg_dots",
     "cg_update_",
     # errors
     "BackendError",

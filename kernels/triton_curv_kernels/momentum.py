@@ -36,6 +36,7 @@ from torch.library import triton_op
 from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
 from triton_curv_kernels.pointer_table import (
     CODES,
+    CONFIGS,
     ListConfig,
     check_shapes,
     default_config,
@@ -43,6 +44,7 @@ from triton_curv_kernels.pointer_table import (
     merged_axes,
     pieces,
     pointer_table,
+    prune,
 )
 from triton_curv_kernels.pointer_table_device import (
     DTYPES,
@@ -58,6 +60,18 @@ from triton_curv_kernels.pointer_table_device import (
     sum_of,
     write,
 )
+
+__all__ = [
+    "CONFIGS",
+    "NUMERICS",
+    "default_config",
+    "prune",
+    "ListConfig",
+    "momentum_update_",
+    "momentum_update_reference",
+    "launch_momentum_update_",
+    "supports",
+]
 
 RESCALE_EPS = 1e-9
 NUMERICS = ("BLOCK", "num_warps")  # the norms of rescaled parameters; nothing else depends on the config
@@ -517,12 +531,8 @@ def momentum_update_(
     """
     if not torch.compiler.is_compiling() and use_reference(hyper):
         _check(params, momentum_buffers, updates, scales, hyper, rescale)
-        momentum_update_reference(
-            params, momentum_buffers, updates, scales, hyper, coupled=coupled, rescale=rescale
-        )
+        momentum_update_reference(params, momentum_buffers, updates, scales, hyper, coupled=coupled, rescale=rescale)
     else:
         lengths = None if rescale is None else list(rescale)
         ints = None if config is None else config.to_ints()
-        torch.ops.triton_curv.momentum_update_(
-            params, momentum_buffers, updates, scales, hyper, coupled, lengths, ints
-        )
+        torch.ops.triton_curv.momentum_update_(params, momentum_buffers, updates, scales, hyper, coupled, lengths, ints)

@@ -67,6 +67,7 @@ class Piece(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """How many elements."""
         return self.outer.size * self.middle.size * self.inner.size
 
     @property
@@ -261,6 +262,16 @@ def check_shapes(*lists: Sequence[Tensor]) -> None:
             raise UnsupportedInputError(
                 f"expected tensors of one shape at place {place}, got {', '.join(str(tuple(t.shape)) for t in tensors)}"
             )
+
+
+def dense_views(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of the tensors in the first one's memory order, and dense versions of them: themselves or copies.
+
+    For launches without a table, in traces: there a compiler sees the copies.
+    """
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    views = [t.permute(order) for t in tensors]
+    return views, [t.contiguous() for t in views]
 
 
 def is_traced(*lists: Sequence[Tensor]) -> bool:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202, SIM108
 # (Triton's language is untyped)
 """What kernels over a `PointerTable` share: finding their block, reading and writing it, finishing sums."""
 
@@ -19,7 +19,7 @@ _HEADER = tl.constexpr(HEADER)
 
 @triton.jit
 def find_block(records_ptr, blocks_ptr, BLOCK: tl.constexpr, LISTS: tl.constexpr):
-    # this program's record, its first element, and whether the block is whole and aligned
+    """The record of this program, its first element, and whether the block is whole and aligned."""
     entry = tl.load(blocks_ptr + tl.program_id(0))
     record = records_ptr + (entry >> 32) * (_HEADER + 5 * LISTS)
     first = (entry & 0xFFFFFFFF) * BLOCK
@@ -29,7 +29,7 @@ def find_block(records_ptr, blocks_ptr, BLOCK: tl.constexpr, LISTS: tl.constexpr
 
 @triton.jit
 def split_index(first, size, COUNT: tl.constexpr):
-    # (outer, middle, inner) indices of COUNT elements from `first` on, and which there are; size = numel, inner, middle
+    """(outer, middle, inner) of COUNT elements from `first` on, and which there are; size = numel, inner, middle."""
     numel, inner, middle = size
     within = tl.arange(0, COUNT)
     row = first // inner
@@ -42,27 +42,32 @@ def split_index(first, size, COUNT: tl.constexpr):
 
 @triton.jit
 def offsets(index, strides):
+    """Where elements lie, in elements."""
     return index[0] * strides[0] + index[1] * strides[1] + index[2] * strides[2]
 
 
 @triton.jit
 def record_size(record):
+    """numel, inner, middle: see `split_index`."""
     return tl.load(record), tl.load(record + 2), tl.load(record + 3)
 
 
 @triton.jit
 def record_strides(record, WHICH: tl.constexpr, LISTS: tl.constexpr):
+    """Of list WHICH: (outer, middle, inner)."""
     strides = record + _HEADER + LISTS + 3 * WHICH
     return tl.load(strides), tl.load(strides + 1), tl.load(strides + 2)
 
 
 @triton.jit
 def record_base(record, WHICH: tl.constexpr):
+    """Address of the tensor of list WHICH."""
     return tl.load(record + _HEADER + WHICH)
 
 
 @triton.jit
 def record_code(record, WHICH: tl.constexpr, LISTS: tl.constexpr):
+    """Which dtype the tensor of list WHICH has."""
     return tl.load(record + _HEADER + 4 * LISTS + WHICH)
 
 
@@ -78,7 +83,7 @@ def _read_as(base, offs, mask, DTYPE: tl.constexpr, VECTORS: tl.constexpr):
 
 @triton.jit
 def read(base, offs, mask, code, DTYPE: tl.constexpr, VECTORS: tl.constexpr):
-    # a block in fp32; `base` is an address or a pointer; DTYPE None: by `code`
+    """A block in fp32. `base` is an address or a pointer; where DTYPE is None, `code` tells the dtype."""
     if DTYPE is not None:
         value = _read_as(base, offs, mask, DTYPE, VECTORS)
     elif code == 0:
@@ -103,7 +108,7 @@ def _write_as(base, offs, mask, value, DTYPE: tl.constexpr, VECTORS: tl.constexp
 
 @triton.jit
 def write(base, offs, mask, value, code, DTYPE: tl.constexpr, VECTORS: tl.constexpr):
-    # store fp32 values, rounded to the tensor's dtype, and return them as stored
+    """Store fp32 values, rounded to the tensor's dtype, and return them as stored."""
     if DTYPE is not None:
         stored = _write_as(base, offs, mask, value, DTYPE, VECTORS)
     elif code == 0:
@@ -117,7 +122,7 @@ def write(base, offs, mask, value, code, DTYPE: tl.constexpr, VECTORS: tl.conste
 
 @triton.jit
 def sum_of(partial_ptr, num_partials, BLOCK: tl.constexpr):
-    # by one program, in a fixed order
+    """The sum of partial sums, by one program, in a fixed order."""
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         offs = start + tl.arange(0, BLOCK)

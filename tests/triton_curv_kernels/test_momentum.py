@@ -162,15 +162,6 @@ def test_reference_takes_float64() -> None:
     check(momentum_update_, args._replace(hyper=args.hyper.double()))
 
 
-def test_merged_axes() -> None:
-    t = torch.empty(6, 5, 3, 2)
-    assert [(a.size, a.strides) for a in merged_axes(t, t)] == [(180, (1, 1))]
-    rows = torch.empty(6, 31)[:, :30].view(6, 3, 2, 5).movedim(-1, 1)  # a block's matrix with a bias column
-    assert [a.size for a in merged_axes(t, rows)] == [6, 5, 6]
-    assert [a.size for a in merged_axes(rows, t)] == [6, 6, 5]
-    assert merged_axes(torch.empty(1, 1), torch.empty(1, 1)) == []
-
-
 def test_bad_input_is_named() -> None:
     good = lists([(3, 2), (4,)])
     bad: list[tuple[Lists, str]] = [
@@ -185,8 +176,3 @@ def test_bad_input_is_named() -> None:
                 update_(*args)
     with pytest.raises(UnsupportedInputError, match=r"got \['torch.float64'\]"):
         launch_momentum_update_(*lists([(3,)], torch.float64, torch.float64))
-
-
-@pytest.mark.parametrize("numel", [1, 1000, 100_000, 10_000_000])
-def test_default_is_one_of_the_pruned_configs(numel: int) -> None:
-    assert default_config(numel) in prune(CONFIGS, numel)
