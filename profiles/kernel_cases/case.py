@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Bound = Literal["tensor", "fp32", "memory"]
-"""The roof a case stands under: tensor-core products of the inputs' dtype, fp32 products, or memory bandwidth."""
+from triton_curv.profiling.roofs import Bound
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""All that needs a GPU, in one call that ends in time: tests, tuning, kernel and step benchmarks, one summary.
+
+python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]     parts: tests, kernels, tune, steps
+
+Each part runs in a process of its own, with its share of the time; what a part left undone is said. DIR gets a log and
+the CSV of each part and summary.txt. Exit status: 0 if all is well, 1 if something failed, 3 without a GPU.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESERVE = 8.0
+"""Seconds kept for the summary and for processes to stop."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: its share of the time that is left, and its command, given an output folder and its seconds."""
+
+    name: str
+    share: float
+    command: Callable[[Path, float], list[str]]
+
+
+def _python(*arguments: str | Path) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+PARTS = (
+    Part("tests", 0.25, lambda out, seconds: _python("-m", "pytest", "-q", "-m", "gpu", "tests/gpu")),
+    Part(
+        "kernels",
+        0.5,
+        lambda out, seconds: _python(
+            "-m", "profiles.bench_kernels", "--budget", f"{seconds - 20:.0f}", "--csv", out / "kernels.csv"
+        ),
+    ),
+    Part(
+        "tune",
+        0.5,
+        lambda out, seconds: _python(
+            *("-m", "triton_curv", "tune", "--budget", f"{seconds - 20:.0f}", "--export", out / "tuned.json"),
+        ),
+    ),
+    Part(
+        "steps",
+        1.0,
+        lambda out, seconds: _python("-m", "profiles.bench_steps", "--device", "cuda", "--csv", out / "steps.csv"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended: "ok", "failed", "cut off" by its limit or "skipped"; its seconds and last lines."""
+
+    part: str
+    state: str
+    seconds: float
+    tail: tuple[str, ...]
+
+
+def run_part(part: Part, out: Path, seconds: float) -> Outcome:
+    """Run a part's command for at most `seconds`; everything it prints goes to its log."""
+    log = out / f"{part.name}.log"
+    start = time.monotonic()
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "autotune"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file:
+        command = part.command(out, seconds)
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            )
+            state = "ok" if done.returncode == 0 else f"failed (exit {done.returncode})"
+        except subprocess.TimeoutExpired:
+            state = f"cut off after {seconds:.0f} s"
+    lines = log.read_text(errors="replace").splitlines()
+    return Outcome(part.name, state, time.monotonic() - start, tuple(lines[-40:]))
+
+
+def summary_of(outcomes: list[Outcome], head: str) -> str:
+    """One line a part, then the last lines that each printed."""
+    lines = [head, *(f"{o.part:10} {o.state:24} {o.seconds:6.0f} s" for o in outcomes)]
+    for o in outcomes:
+        lines += ["", f"--- {o.part}", *o.tail]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts in order within the budget and print the summary last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS")
+    parser.add_argument("--only", choices=[part.name for part in PARTS], action="append", metavar="PART")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_check needs a CUDA device and torch sees none; nothing was run", file=sys.stderr)
+        return 3
+    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    end = time.monotonic() + options.budget - RESERVE
+    parts = [part for part in PARTS if not options.only or part.name in options.only]
+    outcomes = []
+    for position, part in enumerate(parts):
+        left = end - time.monotonic()
+        seconds = left if position == len(parts) - 1 else left * part.share
+        if seconds < 30:
+            outcomes.append(Outcome(part.name, f"skipped ({left:.0f} s left)", 0.0, ()))
+            continue
+        outcomes.append(run_part(part, out, seconds))
+        print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
+    properties = torch.cuda.get_device_properties(0)
+    head = f"{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}"
+    text = summary_of(outcomes, head)
+    (out / "summary.txt").write_text(text)
+    print(text)
+    return int(any(o.state != "ok" for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
