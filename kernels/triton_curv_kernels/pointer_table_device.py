@@ -13,7 +13,7 @@ from triton_curv_kernels.pointer_table import HEADER
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, None: None}
 FINISH_BLOCK = 8192  # the norm of 124 million elements in 8 rounds of loads
-STEPS = tl.constexpr(4)  # a block that is not read as vectors is taken in parts: indices and offsets need registers
+STEPS = tl.constexpr(8)  # a block that is not read as vectors is taken in parts: indices and offsets need registers
 _HEADER = tl.constexpr(HEADER)
 
 
