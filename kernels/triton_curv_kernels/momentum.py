@@ -477,9 +477,9 @@ def _check_scalars(scales: Sequence[Tensor], hyper: Tensor) -> None:
             "expected hyper (5,) = [lr, momentum, weight_decay, momentum_weight, update_weight], got "
             f"{tuple(hyper.shape)}"
         )
-    for place, scale in enumerate(scales):
-        if scale.dim() != 0:
-            raise UnsupportedInputError(f"expected a 0-dim scale at place {place}, got {tuple(scale.shape)}")
+    if max(map(Tensor.dim, scales), default=0) > 0:
+        place = next(i for i, s in enumerate(scales) if s.dim() != 0)
+        raise UnsupportedInputError(f"expected a 0-dim scale at place {place}, got {tuple(scales[place].shape)}")
 
 
 @triton_op("triton_curv::momentum_update_", mutates_args={"params", "momentum_buffers"})

@@ -82,10 +82,20 @@ def neumann_update_reference(
     grads: Sequence[Tensor],
     distance: Tensor,
     hyper: Tensor,
+    *,
+    host_scalars: bool = False,
 ) -> None:
-    """The update in torch._foreach_* calls, in place, without a host synchronisation."""
+    """The update in torch._foreach_* calls, in place.
+
+    `host_scalars` reads the scalars into Python floats: fewer passes over memory, but a synchronisation on a GPU and
+    impossible while tracing. Equal to rounding either way. Parameters narrower than their buffers do without, so that
+    they are rounded once.
+    """
     if not params:
         distance.zero_()
+        return
+    if host_scalars and [p.dtype for p in params] == [v.dtype for v in exp_avgs]:
+        _update_by_host_scalars(params, momentum_buffers, exp_avgs, grads, distance, hyper)
         return
     # a 0-dim tensor of the list's dtype makes a foreach call on a CPU three times as fast as a Python scalar
     lr, mu, alpha, beta_n, gamma = hyper.to(exp_avgs[0].dtype).unbind()
@@ -102,6 +112,28 @@ def neumann_update_reference(
     torch._foreach_mul_(exp_avgs, gamma)  # new v - new w
     distance.copy_(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(exp_avgs))))
     torch._foreach_add_(exp_avgs, params)
+
+
+def _update_by_host_scalars(
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    distance: Tensor,
+    hyper: Tensor,
+) -> None:
+    lr, mu, alpha, beta_n, gamma = hyper.tolist()
+    D = distance.item()
+    pull = alpha * D - beta_n / max(D, DISTANCE_FLOOR) ** 3
+    gap = torch._foreach_sub(params, exp_avgs)
+    torch._foreach_add_(params, momentum_buffers, alpha=-mu)  # mu m_new - lr d = (1 + mu) m_new - mu m
+    torch._foreach_mul_(momentum_buffers, hyper[1].to(exp_avgs[0].dtype))
+    torch._foreach_add_(momentum_buffers, grads, alpha=-lr)
+    torch._foreach_add_(momentum_buffers, gap, alpha=-lr * pull)
+    torch._foreach_add_(params, momentum_buffers, alpha=1 + mu)
+    gap = torch._foreach_sub(params, exp_avgs)
+    torch._foreach_add_(exp_avgs, gap, alpha=1 - gamma)
+    distance.copy_(gamma * torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gap))))
 
 
 @triton.jit
@@ -362,7 +394,8 @@ def neumann_update_(
     """
     if not torch.compiler.is_compiling() and use_reference(distance):
         _check(params, momentum_buffers, exp_avgs, grads, distance, hyper)
-        neumann_update_reference(params, momentum_buffers, exp_avgs, grads, distance, hyper)
+        real_on_host = type(hyper) is Tensor and hyper.device.type == "cpu"  # not fake, say
+        neumann_update_reference(params, momentum_buffers, exp_avgs, grads, distance, hyper, host_scalars=real_on_host)
     else:
         ints = None if config is None else config.to_ints()
         torch.ops.triton_curv.neumann_update_(params, momentum_buffers, exp_avgs, grads, distance, hyper, ints)

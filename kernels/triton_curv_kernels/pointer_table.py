@@ -257,6 +257,9 @@ def _check(place: int, tensors: Sequence[Tensor], device: torch.device) -> None:
 
 def check_shapes(*lists: Sequence[Tensor]) -> None:
     """Raise UnsupportedInputError unless tensors at the same place of the lists have the same shape."""
+    shapes = [[t.shape for t in tensors] for tensors in lists]
+    if all(of_list == shapes[0] for of_list in shapes):
+        return
     for place, tensors in enumerate(zip(*lists, strict=True)):
         if any(t.shape != tensors[0].shape for t in tensors):
             raise UnsupportedInputError(
