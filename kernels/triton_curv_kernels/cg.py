@@ -52,6 +52,7 @@ from triton_curv_kernels.pointer_table_device import (
     STEPS,
     find_block,
     launch_finish,
+    length_of_block,
     offsets,
     read,
     record_base,
@@ -173,7 +174,7 @@ def _cg_update_kernel(
             x_strides, r_strides = record_strides(record, 0, 4), record_strides(record, 1, 4)
             p_strides, Ap_strides = record_strides(record, 2, 4), record_strides(record, 3, 4)
             squares = tl.zeros((BLOCK // STEPS,), tl.float32)
-            for start in range(0, BLOCK, BLOCK // STEPS):
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
                 index, mask = split_index(first + start, size, BLOCK // STEPS)
                 x_offs, r_offs = offsets(index, x_strides), offsets(index, r_strides)
                 p_offs, Ap_offs = offsets(index, p_strides), offsets(index, Ap_strides)
@@ -208,7 +209,7 @@ def _cg_direction_kernel(records_ptr, blocks_ptr, direction_ptr, residual_ptr, b
         else:
             size = record_size(record)
             p_strides, z_strides = record_strides(record, 0, 2), record_strides(record, 1, 2)
-            for start in range(0, BLOCK, BLOCK // STEPS):
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
                 index, mask = split_index(first + start, size, BLOCK // STEPS)
                 _direction_block(bases, offsets(index, p_strides), offsets(index, z_strides), mask, beta, VECTORS=False)
     else:
@@ -235,7 +236,7 @@ def _cg_dots_kernel(
             a_strides, b_strides = record_strides(record, 0, 2), record_strides(record, 1, 2)
             ab_sums = tl.zeros((BLOCK // STEPS,), tl.float32)
             aa_sums = tl.zeros((BLOCK // STEPS,), tl.float32)
-            for start in range(0, BLOCK, BLOCK // STEPS):
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
                 index, mask = split_index(first + start, size, BLOCK // STEPS)
                 a = read(a_base, offsets(index, a_strides), mask, 0, tl.float32, VECTORS=False)
                 b = read(b_base, offsets(index, b_strides), mask, 0, tl.float32, VECTORS=False)

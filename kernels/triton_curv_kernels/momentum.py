@@ -50,6 +50,7 @@ from triton_curv_kernels.pointer_table_device import (
     DTYPES,
     STEPS,
     find_block,
+    length_of_block,
     offsets,
     read,
     record_base,
@@ -166,7 +167,7 @@ def _update_strided(
     BLOCK: tl.constexpr,
 ):
     squares = tl.zeros((BLOCK // STEPS,), tl.float32)
-    for start in range(0, BLOCK, BLOCK // STEPS):
+    for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
         index, mask = split_index(first + start, size, BLOCK // STEPS)
         param_offs = offsets(index, param_strides)
         momentum_offs = offsets(index, momentum_strides)
@@ -267,7 +268,7 @@ def _momentum_update_kernel(
 
 @triton.jit
 def _rescale_strided(base, first, size, strides, code, factor, PARAM: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(0, BLOCK, BLOCK // STEPS):
+    for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
         index, mask = split_index(first + start, size, BLOCK // STEPS)
         offs = offsets(index, strides)
         value = factor * read(base, offs, mask, code, PARAM, False)

@@ -49,6 +49,7 @@ from triton_curv_kernels.pointer_table_device import (
     STEPS,
     find_block,
     launch_finish,
+    length_of_block,
     offsets,
     read,
     record_base,
@@ -212,7 +213,7 @@ def _update_kernel(
             p_strides, m_strides = record_strides(record, 0, 4), record_strides(record, 1, 4)
             v_strides, g_strides = record_strides(record, 2, 4), record_strides(record, 3, 4)
             squares = tl.zeros((BLOCK // STEPS,), tl.float32)
-            for start in range(0, BLOCK, BLOCK // STEPS):
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
                 index, mask = split_index(first + start, size, BLOCK // STEPS)
                 p_offs, m_offs = offsets(index, p_strides), offsets(index, m_strides)
                 v_offs, g_offs = offsets(index, v_strides), offsets(index, g_strides)

@@ -41,6 +41,12 @@ def split_index(first, size, COUNT: tl.constexpr):
 
 
 @triton.jit
+def length_of_block(first, size, BLOCK: tl.constexpr):
+    """How many of the block's elements there are."""
+    return tl.minimum(size[0] - first, BLOCK).to(tl.int32)
+
+
+@triton.jit
 def offsets(index, strides):
     """Where elements lie, in elements."""
     return index[0] * strides[0] + index[1] * strides[1] + index[2] * strides[2]
