@@ -367,7 +367,7 @@ def launch_momentum_update_(
     if is_traced(*lists, scales):
         check()
         return _launch_each(*lists, scales, hyper, coupled, lengths, config)
-    _check_scalars(scales, hyper)
+    _check_scalars(params, scales, hyper, rescale)
     if len({s.dtype for s in scales}) > 1:
         scales = torch.stack([s.float() for s in scales]).unbind()
     words = [(s.data_ptr() - scales[0].data_ptr(), 0) for s in scales]
@@ -465,14 +465,16 @@ def _check(
             "expected lists of one length, got "
             f"{len(params)} params, {len(momentum_buffers)} momenta, {len(updates)} updates, {len(scales)} scales"
         )
-    if rescale is not None and len(rescale) != len(params):
-        raise UnsupportedInputError(f"expected {len(params)} lengths to rescale to, got {len(rescale)}")
-    _check_scalars(scales, hyper)
+    _check_scalars(params, scales, hyper, rescale)
     check_shapes(params, momentum_buffers, updates)
 
 
-def _check_scalars(scales: Sequence[Tensor], hyper: Tensor) -> None:
+def _check_scalars(
+    params: Sequence[Tensor], scales: Sequence[Tensor], hyper: Tensor, rescale: Sequence[float] | None
+) -> None:
     """What the key of a table does not hold."""
+    if rescale is not None and len(rescale) != len(params):
+        raise UnsupportedInputError(f"expected {len(params)} lengths to rescale to, got {len(rescale)}")
     if hyper.shape != (5,):
         raise UnsupportedInputError(
             "expected hyper (5,) = [lr, momentum, weight_decay, momentum_weight, update_weight], got "

@@ -37,13 +37,13 @@ def _cases(name: str, shapes: Shapes, device: torch.device) -> Iterator[Case]:
     theirs = [[t.clone() for t in ts] for ts in (x, r, p)]
 
     def update_error(update: Callable[..., None]) -> float:
-        exact = [[t.double() for t in ts] for ts in (x, r, p, Ap)]
+        exact_x, exact_r, exact_p, exact_Ap = ([t.double() for t in ts] for ts in (x, r, p, Ap))
         exact_square = torch.empty((), dtype=torch.float64, device=device)
-        cg_update_reference(*exact, step.double(), exact_square)
+        cg_update_reference(exact_x, exact_r, exact_p, exact_Ap, step.double(), exact_square)
         found, found_square = [[t.clone() for t in ts] for ts in (x, r)], torch.empty((), device=device)
         update(*found, p, Ap, step, found_square)
         relative = abs(float(found_square) / float(exact_square) - 1)
-        return max(relative, largest_error([*found[0], *found[1]], [*exact[0], *exact[1]]))
+        return max(relative, largest_error([*found[0], *found[1]], [*exact_x, *exact_r]))
 
     def direction_error(update: Callable[..., None]) -> float:
         exact, found = [t.double() for t in p], [t.clone() for t in p]

@@ -224,7 +224,7 @@ def test_a_block_beyond_32_bits() -> None:
     assert out[0] != FAR - 512  # what a product of 32 bits would give
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton leaves it untyped
 def _first_element(records_ptr, blocks_ptr, out_ptr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     if WIDE:
         _record, first, _vectors = find_block(records_ptr, blocks_ptr, BLOCK, 2)
@@ -272,7 +272,7 @@ def test_one_launch_for_mixed_lists(arch: Arch) -> None:
     assert names(
         lambda: launch_momentum_update_(narrow[0], wide[0], narrow[1], scales, hyper, coupled=True, rescale=rescale)
     ) == ["_momentum_update_kernel", "_rescale_kernel"]
-    assert names(lambda: launch_neumann_update_(narrow[0], *wide, narrow[1], scalar, hyper)) == [
+    assert names(lambda: launch_neumann_update_(narrow[0], wide[0], wide[1], narrow[1], scalar, hyper)) == [
         "_update_kernel",
         "_finish_kernel",
     ]
