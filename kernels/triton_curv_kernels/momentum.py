@@ -418,10 +418,9 @@ def _launch_each(
         partials = _partials(sum(blocks), hyper) if length > 0 and blocks else None
         first = 0
         for part, count in zip(parts, blocks, strict=True):
-            strides = zip(part.outer.strides, part.middle.strides, part.inner.strides, strict=True)
             wrap_triton(_momentum_update_kernel)[(count,)](
                 *(None, None, param, momentum, update, scale, hyper, partials),
-                *(part.numel, part.inner.size, part.middle.size, first, *part.starts, *chain(*strides)),
+                *(part.numel, part.inner.size, part.middle.size, first, *part.starts, *part.strides),
                 PARAM=DTYPES[param.dtype],
                 UPDATE=DTYPES[update.dtype],
                 COUPLED=coupled,

@@ -21,12 +21,12 @@ A trace (torch.compile) has no addresses: there the launchers fall back to one l
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import chain, repeat
 from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -48,7 +48,11 @@ class Axis(NamedTuple):
 
 def merged_axes(*tensors: Tensor) -> list[Axis]:
     """The fewest dimensions that describe tensors of one shape, in the first one's memory order and none of size 1."""
-    axes = map(Axis, tensors[0].shape, zip(*(t.stride() for t in tensors), strict=True))
+    return _merge(tensors[0].shape, tuple(t.stride() for t in tensors))
+
+
+def _merge(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[Axis]:
+    axes = map(Axis, shape, zip(*strides, strict=True))
     merged: list[Axis] = []
     for axis in sorted((a for a in axes if a.size != 1), key=lambda a: a.strides[0], reverse=True):
         if merged and all(o == i * axis.size for o, i in zip(merged[-1].strides, axis.strides, strict=True)):
@@ -57,7 +61,8 @@ def merged_axes(*tensors: Tensor) -> list[Axis]:
     return merged
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """Elements that three dimensions describe: where they begin in each tensor (in elements), and the dimensions."""
 
     starts: tuple[int, ...]
@@ -65,15 +70,25 @@ class Piece(NamedTuple):
     middle: Axis
     inner: Axis
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """How many elements."""
         return self.outer.size * self.middle.size * self.inner.size
 
-    @property
+    @cached_property
     def dense(self) -> bool:
         """Whether the elements lie next to each other in each tensor."""
         return self.numel == self.inner.size and (self.inner.size == 1 or set(self.inner.strides) == {1})
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """For each tensor, those of the outer, the middle and the inner dimension."""
+        return tuple(chain(*zip(self.outer.strides, self.middle.strides, self.inner.strides, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def _pieces_of(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[Piece, ...]:
+    return tuple(pieces(_merge(shape, strides), len(strides)))
 
 
 def pieces(axes: Sequence[Axis], lists: int) -> Iterator[Piece]:
@@ -203,17 +218,19 @@ def _build(
 ) -> PointerTable:
     records: list[list[int]] = []
     counts: list[int] = []
+    first_block = 0
     for place, (tensors, own) in enumerate(zip(zip(*lists, strict=True), words or repeat((0, 0)), strict=False)):
         _check(place, tensors, device)
         if tensors[0].numel() > 0:
-            parts = list(pieces(merged_axes(*tensors), len(lists)))
-            blocks = [triton.cdiv(part.numel, block) for part in parts]
-            whole = [sum(counts), sum(blocks), *own]
+            parts = _pieces_of(tensors[0].shape, tuple(t.stride() for t in tensors))
+            blocks = [-(-part.numel // block) for part in parts]
+            whole = [first_block, sum(blocks), *own]
+            first_block += sum(blocks)
             records += [_record(tensors, part, whole) for part in parts]
             counts += blocks
     width = HEADER + 5 * len(lists)
     size = len(records) * width + len(records) * width % 2  # both parts begin at multiples of 16 bytes
-    total = sum(counts)
+    total = first_block
     host = torch.empty(size + total, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     if records:
         host[: len(records) * width] = torch.tensor(records, device="cpu").view(-1)
@@ -233,9 +250,8 @@ def _build(
 def _record(tensors: Sequence[Tensor], piece: Piece, whole: Sequence[int]) -> list[int]:
     addresses = [t.data_ptr() + start * t.itemsize for t, start in zip(tensors, piece.starts, strict=True)]
     aligned = piece.dense and all(address % 16 == 0 for address in addresses)
-    strides = zip(piece.outer.strides, piece.middle.strides, piece.inner.strides, strict=True)
     codes = [CODES[t.dtype] for t in tensors]
-    return [piece.numel, aligned, piece.inner.size, piece.middle.size, *whole, *addresses, *chain(*strides), *codes]
+    return [piece.numel, aligned, piece.inner.size, piece.middle.size, *whole, *addresses, *piece.strides, *codes]
 
 
 def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
