@@ -2,7 +2,7 @@
 
 from triton_curv_kernels.apply_inverse import Applied, apply_damped_inverse
 from triton_curv_kernels.backend import BackendError, UnsupportedInputError
-from triton_curv_kernels.cg import cg_direction_, cg_update_
+from triton_curv_kernels.cg import cg_direction_, cg_dot, cg_dots, cg_update_
 from triton_curv_kernels.damped_inverse import damped_inverse_
 from triton_curv_kernels.factor import accumulate_factor_
 from triton_curv_kernels.factor_group import accumulate_factors_
@@ -32,6 +32,8 @@ __all__ = [
     "neumann_update_",
     # vector recurrences of conjugate gradients
     "cg_direction_",
+    "cg_dot",
+    "cg_dots",
     "cg_update_",
     # errors
     "BackendError",

@@ -13,16 +13,23 @@
 
     p = z + b p        z is the (preconditioned) residual
 
-Both scalars are read from device memory, so that an iteration needs no synchronisation. Where a = 0, A p is not
+`cg_dots`, for a = <r, z> / <p, A p> and the curvature <p, A p> / <p, p>:
+
+    <a, b>, <a, a>     over all tensors, summed in a fixed order
+
+All scalars stay in device memory, so that an iteration needs no synchronisation. Where a = 0, A p is not
 looked at: a solve that has ended goes on with a = 0, whatever the product gives, and changes nothing.
 
 Shapes: lists of tensors of pairwise equal shapes, any strides; scalars (). Dtypes: fp32 (the reference also takes
 fp64); `step` and `beta` any floating dtype. Arithmetic is fp32.
+One launch for all tensors, a second, tiny one finishes sums: five for an iteration. In a graph of torch.compile it is
+one launch a tensor (see `pointer_table`).
 Source: Hestenes and Stiefel 1952; arXiv 2208.02017 Algorithm 1.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 import triton
@@ -30,7 +37,51 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.pointer_table import (
+    CONFIGS,
+    ListConfig,
+    check_shapes,
+    default_config,
+    dense_views,
+    is_traced,
+    pointer_table,
+    prune,
+)
+from triton_curv_kernels.pointer_table_device import (
+    STEPS,
+    find_block,
+    launch_finish,
+    length_of_block,
+    offsets,
+    read,
+    record_base,
+    record_size,
+    record_strides,
+    split_index,
+    write,
+)
+
+__all__ = [
+    "CONFIGS",
+    "NUMERICS",
+    "default_config",
+    "prune",
+    "ListConfig",
+    "cg_direction_",
+    "cg_dot",
+    "cg_dots",
+    "cg_update_",
+    "cg_direction_reference",
+    "cg_dot_reference",
+    "cg_update_reference",
+    "launch_cg_direction",
+    "launch_cg_dots",
+    "launch_cg_update",
+    "supports",
+]
+
+NUMERICS = ("BLOCK", "num_warps")  # the fields of a config that the sums depend on, in their last bits
 
 
 def cg_update_reference(
@@ -70,28 +121,33 @@ def cg_direction_reference(direction: Sequence[Tensor], residual: Sequence[Tenso
         torch._foreach_add_(direction, residual)
 
 
-@dataclass(frozen=True)
-class CGConfig:
-    """Elements a program updates, and its warps."""
-
-    block: int
-    num_warps: int
+def cg_dot_reference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """<a, b> by torch.dot."""
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
 
 
-DEFAULT_CONFIG = CGConfig(block=1024, num_warps=4)
-CONFIGS = tuple(CGConfig(block, warps) for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8))
-FINISH_BLOCK = 1024
+@triton.jit
+def _update_block(bases, x_offs, r_offs, p_offs, Ap_offs, mask, step, VECTORS: tl.constexpr):
+    # without a step, nothing is written and the product is not read
+    F32: tl.constexpr = tl.float32
+    residual = read(bases[1], r_offs, mask, 0, F32, VECTORS)
+    if step != 0:
+        solution = read(bases[0], x_offs, mask, 0, F32, VECTORS)
+        direction = read(bases[2], p_offs, mask, 0, F32, VECTORS)
+        product = read(bases[3], Ap_offs, mask, 0, F32, VECTORS)
+        residual -= step * product
+        write(bases[0], x_offs, mask, solution + step * direction, 0, F32, VECTORS)
+        write(bases[1], r_offs, mask, residual, 0, F32, VECTORS)
+    return residual
 
 
-def prune(configs: Sequence[CGConfig], numel: int) -> list[CGConfig]:
-    """Configs worth measuring for `numel` elements: 4 to 16 elements a thread, no block twice as long as the data."""
-    fitting = [c for c in configs if 4 <= c.block // (32 * c.num_warps) <= 16]
-    return [c for c in fitting if c.block < 2 * numel] or fitting[:1]
-
-
+# None stands for what a call does without: the table, or the pointers of one tensor of each list
 @triton.jit(do_not_specialize=["first_partial"])
 def _cg_update_kernel(
-    # tensors of `numel` elements in one memory order
+    # the table
+    records_ptr,
+    blocks_ptr,
+    # or dense tensors of `numel` elements in one memory order
     solution_ptr,
     residual_ptr,
     direction_ptr,
@@ -99,63 +155,138 @@ def _cg_update_kernel(
     # () and one partial sum a program
     step_ptr,
     partial_ptr,
-    # sizes
+    # sizes without a table
     numel,
     first_partial,
     BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    offs = pid * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
+    block = tl.program_id(0)
     step = tl.load(step_ptr).to(tl.float32)
-    moving = offs < tl.where(step != 0, numel, 0)
-
-    solution = tl.load(solution_ptr + offs, mask=moving, other=0.0)
-    direction = tl.load(direction_ptr + offs, mask=moving, other=0.0)
-    product = tl.load(product_ptr + offs, mask=moving, other=0.0)
-    residual = tl.load(residual_ptr + offs, mask=mask, other=0.0) - step * product
-
-    tl.store(solution_ptr + offs, solution + step * direction, mask=moving)
-    tl.store(residual_ptr + offs, residual, mask=moving)
-    tl.store(partial_ptr + first_partial + pid, tl.sum(residual * residual))
+    if records_ptr is not None:
+        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 4)
+        bases = (record_base(record, 0), record_base(record, 1), record_base(record, 2), record_base(record, 3))
+        if vectors:
+            offs = first + tl.arange(0, BLOCK)
+            residual = _update_block(bases, offs, offs, offs, offs, None, step, VECTORS=True)
+            square = tl.sum(residual * residual)
+        else:
+            size = record_size(record)
+            x_strides, r_strides = record_strides(record, 0, 4), record_strides(record, 1, 4)
+            p_strides, Ap_strides = record_strides(record, 2, 4), record_strides(record, 3, 4)
+            squares = tl.zeros((BLOCK // STEPS,), tl.float32)
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
+                index, mask = split_index(first + start, size, BLOCK // STEPS)
+                x_offs, r_offs = offsets(index, x_strides), offsets(index, r_strides)
+                p_offs, Ap_offs = offsets(index, p_strides), offsets(index, Ap_strides)
+                residual = _update_block(bases, x_offs, r_offs, p_offs, Ap_offs, mask, step, VECTORS=False)
+                squares += residual * residual  # 0 where there is none
+            square = tl.sum(squares)
+    else:
+        bases = (solution_ptr, residual_ptr, direction_ptr, product_ptr)
+        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        residual = _update_block(bases, offs, offs, offs, offs, offs < numel, step, VECTORS=False)
+        square = tl.sum(residual * residual)
+        block += first_partial
+    tl.store(partial_ptr + block, square)
 
 
 @triton.jit
-def _cg_finish_kernel(partial_ptr, square_ptr, num_partials, BLOCK: tl.constexpr):
-    # the sum of all partials, by one program in a fixed order
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, num_partials, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        sums += tl.load(partial_ptr + offs, mask=offs < num_partials, other=0.0)
-    tl.store(square_ptr, tl.sum(sums))
+def _direction_block(bases, p_offs, z_offs, mask, beta, VECTORS: tl.constexpr):
+    direction = read(bases[0], p_offs, mask, 0, tl.float32, VECTORS)
+    residual = read(bases[1], z_offs, mask, 0, tl.float32, VECTORS)
+    write(bases[0], p_offs, mask, residual + beta * direction, 0, tl.float32, VECTORS)
 
 
 @triton.jit
-def _cg_direction_kernel(direction_ptr, residual_ptr, beta_ptr, numel, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
+def _cg_direction_kernel(records_ptr, blocks_ptr, direction_ptr, residual_ptr, beta_ptr, numel, BLOCK: tl.constexpr):
     beta = tl.load(beta_ptr).to(tl.float32)
-    direction = tl.load(direction_ptr + offs, mask=mask, other=0.0)
-    residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
-    tl.store(direction_ptr + offs, residual + beta * direction, mask=mask)
+    if records_ptr is not None:
+        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 2)
+        bases = (record_base(record, 0), record_base(record, 1))
+        if vectors:
+            offs = first + tl.arange(0, BLOCK)
+            _direction_block(bases, offs, offs, None, beta, VECTORS=True)
+        else:
+            size = record_size(record)
+            p_strides, z_strides = record_strides(record, 0, 2), record_strides(record, 1, 2)
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
+                index, mask = split_index(first + start, size, BLOCK // STEPS)
+                _direction_block(bases, offsets(index, p_strides), offsets(index, z_strides), mask, beta, VECTORS=False)
+    else:
+        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        _direction_block((direction_ptr, residual_ptr), offs, offs, offs < numel, beta, VECTORS=False)
+
+
+@triton.jit(do_not_specialize=["first_partial"])
+def _cg_dots_kernel(
+    records_ptr, blocks_ptr, a_ptr, b_ptr, partial_ptr, num_partials, numel, first_partial, BLOCK: tl.constexpr
+):
+    # partials (2, num_partials): of <a, b> and of <a, a>
+    block = tl.program_id(0)
+    if records_ptr is not None:
+        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 2)
+        a_base, b_base = record_base(record, 0), record_base(record, 1)
+        if vectors:
+            offs = first + tl.arange(0, BLOCK)
+            a = read(a_base, offs, None, 0, tl.float32, VECTORS=True)
+            ab = tl.sum(a * read(b_base, offs, None, 0, tl.float32, VECTORS=True))
+            aa = tl.sum(a * a)
+        else:
+            size = record_size(record)
+            a_strides, b_strides = record_strides(record, 0, 2), record_strides(record, 1, 2)
+            ab_sums = tl.zeros((BLOCK // STEPS,), tl.float32)
+            aa_sums = tl.zeros((BLOCK // STEPS,), tl.float32)
+            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
+                index, mask = split_index(first + start, size, BLOCK // STEPS)
+                a = read(a_base, offsets(index, a_strides), mask, 0, tl.float32, VECTORS=False)
+                b = read(b_base, offsets(index, b_strides), mask, 0, tl.float32, VECTORS=False)
+                ab_sums += a * b
+                aa_sums += a * a
+            ab, aa = tl.sum(ab_sums), tl.sum(aa_sums)
+    else:
+        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        a = read(a_ptr, offs, offs < numel, 0, tl.float32, VECTORS=False)
+        b = read(b_ptr, offs, offs < numel, 0, tl.float32, VECTORS=False)
+        ab, aa = tl.sum(a * b), tl.sum(a * a)
+        block += first_partial
+    tl.store(partial_ptr + block, ab)
+    tl.store(partial_ptr + num_partials + block, aa)
 
 
 def supports(*lists: Sequence[Tensor]) -> bool:
     """Whether the Triton launchers take these lists of tensors: fp32; the reference takes fp64, too."""
-    return all(t.dtype == torch.float32 for tensors in lists for t in tensors)
+    return {t.dtype for t in chain(*lists)} <= {torch.float32}
 
 
-def _check_supported(op: str, *lists: Sequence[Tensor]) -> None:
+def _check(op: str, *lists: Sequence[Tensor]) -> None:
     if not supports(*lists):
         found = sorted({str(t.dtype) for tensors in lists for t in tensors})
         raise UnsupportedInputError(f"{op} in Triton: expected float32 tensors, got {', '.join(found)}")
+    check_shapes(*lists)
 
 
-def _dense(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Views of the tensors in the first one's memory order, and dense versions of them: themselves or copies."""
-    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
-    views = [t.permute(order) for t in tensors]
-    return views, [t.contiguous() for t in views]
+def _config(lists: Sequence[Sequence[Tensor]], config: ListConfig | None) -> ListConfig:
+    return config or default_config(sum(t.numel() for t in lists[0]), device_limits(lists[0][0].device))
+
+
+def _each(lists: Sequence[Sequence[Tensor]], block: int) -> Iterator[tuple[list[Tensor], list[Tensor], int, int]]:
+    """Without a table: views and dense versions of the tensors at each place, programs, and those before them."""
+    first = 0
+    for tensors in zip(*lists, strict=True):
+        if tensors[0].numel() > 0:
+            count = triton.cdiv(tensors[0].numel(), block)
+            yield *dense_views(tensors), count, first
+            first += count
+
+
+def _programs(tensors: Sequence[Tensor], block: int) -> int:
+    return sum(triton.cdiv(t.numel(), block) for t in tensors)
+
+
+def _copy_back(views: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
+    for view, copy in zip(views, dense, strict=True):
+        if copy is not view:
+            view.copy_(copy)
 
 
 def launch_cg_update(
@@ -165,56 +296,104 @@ def launch_cg_update(
     product: Sequence[Tensor],
     step: Tensor,
     square: Tensor,
-    config: CGConfig = DEFAULT_CONFIG,
+    config: ListConfig | None = None,
 ) -> None:
-    """`cg_update_` in Triton: one launch a tensor, one to finish the sum; any strides.
-
-    Tensors that don't share one dense memory order are copied to the solution's order and back.
+    """`cg_update_` in Triton: one launch, one to finish the sum; any strides. Traced: one launch a tensor.
 
     Raises:
-        UnsupportedInputError: a dtype that `supports` refuses.
+        UnsupportedInputError: a dtype that `supports` refuses, or shapes that differ.
 
     """
-    _check_supported("cg_update_", solution, residual, direction, product)
-    programs = [triton.cdiv(t.numel(), config.block) for t in solution]
-    if sum(programs) == 0:
+    lists = (solution, residual, direction, product)
+    check = partial(_check, "cg_update_", *lists)
+    if all(t.numel() == 0 for t in solution):
+        check()
         square.zero_()
         return
-    partials = torch.empty(sum(programs), dtype=torch.float32, device=square.device)
-    update, finish = wrap_triton(_cg_update_kernel), wrap_triton(_cg_finish_kernel)
-    first = 0
-    for x, r, p, Ap, count in zip(solution, residual, direction, product, programs, strict=True):
-        if count == 0:
-            continue
-        views, dense = _dense((x, r, p, Ap))
-        update[(count,)](*dense, step, partials, x.numel(), first, BLOCK=config.block, num_warps=config.num_warps)
-        for view, copy in zip(views[:2], dense[:2], strict=True):
-            if copy is not view:
-                view.copy_(copy)
-        first += count
-    finish[(1,)](partials, square, first, BLOCK=FINISH_BLOCK, num_warps=4)
+    config = _config(lists, config)
+    tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
+    kernel = wrap_triton(_cg_update_kernel)
+    if is_traced(*lists):
+        check()
+        programs = _programs(solution, config.BLOCK)
+        partials = torch.empty(1, programs, dtype=torch.float32, device=square.device)
+        for views, dense, count, first in _each(lists, config.BLOCK):
+            kernel[(count,)](None, None, *dense, step, partials, views[0].numel(), first, **tiling)
+            _copy_back(views[:2], dense[:2])
+    else:
+        table = pointer_table(lists, config.BLOCK, check)
+        partials = torch.empty(1, table.programs, dtype=torch.float32, device=square.device)
+        kernel[(table.programs,)](
+            table.records, table.blocks, None, None, None, None, step, partials, None, None, **tiling
+        )
+    launch_finish(partials, square)
 
 
 def launch_cg_direction(
-    direction: Sequence[Tensor], residual: Sequence[Tensor], beta: Tensor, config: CGConfig = DEFAULT_CONFIG
+    direction: Sequence[Tensor], residual: Sequence[Tensor], beta: Tensor, config: ListConfig | None = None
 ) -> None:
-    """`cg_direction_` in Triton: one launch a tensor; any strides.
+    """`cg_direction_` in Triton: one launch; any strides. Traced: one launch a tensor.
 
     Raises:
-        UnsupportedInputError: a dtype that `supports` refuses.
+        UnsupportedInputError: a dtype that `supports` refuses, or shapes that differ.
 
     """
-    _check_supported("cg_direction_", direction, residual)
+    lists = (direction, residual)
+    check = partial(_check, "cg_direction_", *lists)
+    if all(t.numel() == 0 for t in direction):
+        return check()
+    config = _config(lists, config)
+    tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
     kernel = wrap_triton(_cg_direction_kernel)
-    for p, z in zip(direction, residual, strict=True):
-        if p.numel() == 0:
-            continue
-        views, dense = _dense((p, z))
-        kernel[(triton.cdiv(p.numel(), config.block),)](
-            *dense, beta, p.numel(), BLOCK=config.block, num_warps=config.num_warps
+    if is_traced(*lists):
+        check()
+        for views, dense, count, _ in _each(lists, config.BLOCK):
+            kernel[(count,)](None, None, *dense, beta, views[0].numel(), **tiling)
+            _copy_back(views[:1], dense[:1])
+    else:
+        table = pointer_table(lists, config.BLOCK, check)
+        kernel[(table.programs,)](table.records, table.blocks, None, None, beta, None, **tiling)
+    return None
+
+
+def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig | None = None) -> Tensor:
+    """`cg_dots` in Triton, as one tensor (2,): one launch, one to finish the sums; any strides.
+
+    Raises:
+        UnsupportedInputError: a dtype that `supports` refuses, or shapes that differ.
+
+    """
+    lists = (a, b)
+    check = partial(_check, "cg_dots", *lists)
+    device = a[0].device
+    if all(t.numel() == 0 for t in a):
+        check()
+        return torch.zeros(2, dtype=torch.float32, device=device)
+    config = _config(lists, config)
+    tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
+    kernel = wrap_triton(_cg_dots_kernel)
+    dots = torch.empty(2, dtype=torch.float32, device=device)
+    if is_traced(*lists):
+        check()
+        programs = _programs(a, config.BLOCK)
+        partials = torch.empty(2, programs, dtype=torch.float32, device=device)
+        for views, dense, count, first in _each(lists, config.BLOCK):
+            kernel[(count,)](None, None, *dense, partials, programs, views[0].numel(), first, **tiling)
+    else:
+        table = pointer_table(lists, config.BLOCK, check)
+        partials = torch.empty(2, table.programs, dtype=torch.float32, device=device)
+        kernel[(table.programs,)](
+            table.records, table.blocks, None, None, partials, table.programs, None, None, **tiling
         )
-        if dense[0] is not views[0]:
-            views[0].copy_(dense[0])
+    launch_finish(partials, dots)
+    return dots
+
+
+@triton_op("triton_curv::cg_dots", mutates_args=())
+def _cg_dots_op(a: list[Tensor], b: list[Tensor], config: list[int] | None = None) -> Tensor:
+    if use_reference(a[0]) or not supports(a, b):
+        return torch.stack([cg_dot_reference(a, b), cg_dot_reference(a, a)])
+    return launch_cg_dots(a, b, None if config is None else ListConfig.from_ints(config))
 
 
 @triton_op("triton_curv::cg_update_", mutates_args={"solution", "residual", "square"})
@@ -225,20 +404,23 @@ def _cg_update_op(
     product: list[Tensor],
     step: Tensor,
     square: Tensor,
+    config: list[int] | None = None,
 ) -> None:
     lists = (solution, residual, direction, product)
     if use_reference(square) or not supports(*lists):
         cg_update_reference(*lists, step, square)
     else:
-        launch_cg_update(*lists, step, square)
+        launch_cg_update(*lists, step, square, None if config is None else ListConfig.from_ints(config))
 
 
 @triton_op("triton_curv::cg_direction_", mutates_args={"direction"})
-def _cg_direction_op(direction: list[Tensor], residual: list[Tensor], beta: Tensor) -> None:
+def _cg_direction_op(
+    direction: list[Tensor], residual: list[Tensor], beta: Tensor, config: list[int] | None = None
+) -> None:
     if use_reference(beta) or not supports(direction, residual):
         cg_direction_reference(direction, residual, beta)
     else:
-        launch_cg_direction(direction, residual, beta)
+        launch_cg_direction(direction, residual, beta, None if config is None else ListConfig.from_ints(config))
 
 
 def cg_update_(
@@ -248,6 +430,7 @@ def cg_update_(
     product: list[Tensor],
     step: Tensor,
     square: Tensor,
+    config: ListConfig | None = None,
 ) -> None:
     """`x += a * p; r -= a * Ap; square = <r, r>` over lists, in place.
 
@@ -258,6 +441,7 @@ def cg_update_(
         product: A p, shaped as x; not looked at where the step is 0.
         step: a, shape (), on the tensors' device.
         square: overwritten by <r, r> over all tensors, shape ().
+        config: of the Triton kernel; None means `default_config`.
 
     Raises:
         UnsupportedInputError: lists of unequal lengths, or a scalar of another shape.
@@ -273,16 +457,20 @@ def cg_update_(
         real_on_host = type(step) is Tensor and step.device.type == "cpu"  # not fake, say
         cg_update_reference(solution, residual, direction, product, step, square, host_scalars=real_on_host)
         return
-    torch.ops.triton_curv.cg_update_(solution, residual, direction, product, step, square)
+    ints = None if config is None else config.to_ints()
+    torch.ops.triton_curv.cg_update_(solution, residual, direction, product, step, square, ints)
 
 
-def cg_direction_(direction: list[Tensor], residual: list[Tensor], beta: Tensor) -> None:
+def cg_direction_(
+    direction: list[Tensor], residual: list[Tensor], beta: Tensor, config: ListConfig | None = None
+) -> None:
     """`p = z + b * p` over lists, in place.
 
     Args:
         direction: p, changed in place; fp32 (fp64 on the reference), any shapes and strides.
         residual: z, shaped as p.
         beta: b, shape (), on the tensors' device.
+        config: of the Triton kernel; None means `default_config`.
 
     Raises:
         UnsupportedInputError: lists of unequal lengths, or a scalar of another shape.
@@ -296,4 +484,34 @@ def cg_direction_(direction: list[Tensor], residual: list[Tensor], beta: Tensor)
     if not torch.compiler.is_compiling() and use_reference(beta):
         cg_direction_reference(direction, residual, beta)
         return
-    torch.ops.triton_curv.cg_direction_(direction, residual, beta)
+    ints = None if config is None else config.to_ints()
+    torch.ops.triton_curv.cg_direction_(direction, residual, beta, ints)
+
+
+def cg_dots(a: list[Tensor], b: list[Tensor], config: ListConfig | None = None) -> tuple[Tensor, Tensor]:
+    """`sum(torch.dot(x, y))` and `sum(torch.dot(x, x))` over lists, in one pass.
+
+    Args:
+        a: fp32 (fp64 on the reference), any shapes and strides; at least one tensor.
+        b: shaped as a.
+        config: of the Triton kernel; None means `default_config`.
+
+    Raises:
+        UnsupportedInputError: lists of unequal lengths, or without a tensor.
+
+    """
+    if _dots_by_reference(a, b):
+        return cg_dot_reference(a, b), cg_dot_reference(a, a)
+    ab, aa = torch.ops.triton_curv.cg_dots(a, b, None if config is None else config.to_ints()).unbind()
+    return ab, aa
+
+
+def cg_dot(a: list[Tensor], b: list[Tensor], config: ListConfig | None = None) -> Tensor:
+    """`sum(torch.dot(x, y))` over lists; arguments and errors as those of `cg_dots`."""
+    return cg_dot_reference(a, b) if _dots_by_reference(a, b) else cg_dots(a, b, config)[0]
+
+
+def _dots_by_reference(a: list[Tensor], b: list[Tensor]) -> bool:
+    if len(a) != len(b) or not a:
+        raise UnsupportedInputError(f"cg_dots: expected two lists of one length > 0, got {len(a)} and {len(b)} tensors")
+    return not torch.compiler.is_compiling() and use_reference(a[0])

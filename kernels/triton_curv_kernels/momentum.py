@@ -1,11 +1,13 @@
 # mypy: ignore-errors
 # ruff: noqa: ANN001, ANN202
 # (Triton's language is untyped)
-"""Heavy-ball momentum with decoupled weight decay over lists of tensors, and one scale for each update.
+"""Heavy-ball momentum over lists of tensors, with weight decay, one scale for each update, and rescaled weights.
 
-    u = scale * update
+    u = scale * update                        decoupled decay, the default
+    u = scale * update + weight_decay * p     coupled decay, as torch.optim.SGD has it
     m = momentum * m + u
-    p = (1 - lr * weight_decay) * p - lr * (momentum_weight * m + update_weight * u)
+    p = (1 - lr * weight_decay) * p - lr * (momentum_weight * m + update_weight * u)     without (...) * p if coupled
+    p = rescale * p / (||p|| + 1e-9)          where rescale > 0
 
 (momentum_weight, update_weight) = (1, 0) is plain heavy ball, (momentum, 1) Nesterov's look-ahead as torch.optim.SGD
 writes it; both divided by 1 - momentum^t take out the average's start.
@@ -13,13 +15,17 @@ writes it; both divided by 1 - momentum^t take out the average's start.
 Shapes: three lists of tensors of pairwise equal shapes and any strides; `scales`: as many 0-dim tensors;
 `hyper` (5,) = [lr, momentum, weight_decay, momentum_weight, update_weight], on the tensors' device, so that neither
 new values nor a CUDA graph need a new compilation. Dtypes: params and updates fp32, fp16 or bf16, momenta fp32; the
-reference takes fp64, too. Arithmetic is fp32 and parameters are rounded once.
-Source: Loshchilov and Hutter, arXiv 1711.05101 (decoupled decay); the scales carry KL clipping, arXiv 1811.12019.
+reference takes fp64, too. Arithmetic is fp32; parameters are rounded once, rescaled ones a second time.
+
+One launch for all tensors; a second one rescales, if there is something to rescale. In a graph of torch.compile it is
+one launch a tensor (see `pointer_table`).
+Source: Loshchilov and Hutter, arXiv 1711.05101 (decoupled decay); Osawa et al., arXiv 1811.12019 (the scales carry KL
+clipping) and 2002.06015 equation 24 (rescaling to sqrt(2 d_out)).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import struct
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import triton
@@ -27,9 +33,49 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.pointer_table import (
+    CODES,
+    CONFIGS,
+    ListConfig,
+    check_shapes,
+    default_config,
+    is_traced,
+    merged_axes,
+    pieces,
+    pointer_table,
+    prune,
+)
+from triton_curv_kernels.pointer_table_device import (
+    DTYPES,
+    STEPS,
+    find_block,
+    length_of_block,
+    offsets,
+    read,
+    record_base,
+    record_code,
+    record_size,
+    record_strides,
+    split_index,
+    sum_of,
+    write,
+)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = [
+    "CONFIGS",
+    "NUMERICS",
+    "default_config",
+    "prune",
+    "ListConfig",
+    "momentum_update_",
+    "momentum_update_reference",
+    "launch_momentum_update_",
+    "supports",
+]
+
+RESCALE_EPS = 1e-9
+NUMERICS = ("BLOCK", "num_warps")  # the norms of rescaled parameters; nothing else depends on the config
 
 
 def momentum_update_reference(
@@ -38,57 +84,123 @@ def momentum_update_reference(
     updates: Sequence[Tensor],
     scales: Sequence[Tensor],
     hyper: Tensor,
+    *,
+    coupled: bool = False,
+    rescale: Sequence[float] | None = None,
 ) -> None:
-    """The update as five `torch._foreach_*` calls, in place and without a look at any value."""
+    """The update as `torch._foreach_*` calls, five by default, in place and without a look at any value."""
     if not params:
         return  # foreach functions refuse empty lists
     lr, momentum, weight_decay, momentum_weight, update_weight = hyper.unbind()
     wide = [p if p.dtype == m.dtype else p.to(m.dtype) for p, m in zip(params, momentum_buffers, strict=True)]
+    if coupled:
+        terms = torch._foreach_mul(wide, weight_decay)
+        torch._foreach_addcmul_(terms, updates, scales)
+        updates, scales = terms, [torch.ones_like(lr)] * len(wide)
     torch._foreach_mul_(momentum_buffers, momentum)
     torch._foreach_addcmul_(momentum_buffers, updates, scales)
-    torch._foreach_mul_(wide, 1 - lr * weight_decay)
+    if not coupled:
+        torch._foreach_mul_(wide, 1 - lr * weight_decay)
     torch._foreach_addcmul_(wide, momentum_buffers, [-lr * momentum_weight] * len(wide))
     torch._foreach_addcmul_(wide, updates, torch._foreach_mul(scales, -lr * update_weight))
     for param, result in zip(params, wide, strict=True):
         if result is not param:
             param.copy_(result)
+    if rescale is not None:
+        _rescale_reference(params, rescale)
 
 
-@dataclass(frozen=True)
-class MomentumConfig:
-    """Programs handle BLOCK elements: rows of the innermost dimension, several if it is short."""
-
-    BLOCK: int = 2048
-    num_warps: int = 4
-
-
-CONFIGS: list[MomentumConfig] = [MomentumConfig(block, warps) for block in (512, 1024, 2048, 4096) for warps in (4, 8)]
-
-
-def prune(configs: Sequence[MomentumConfig], numel: int) -> list[MomentumConfig]:
-    """Programs that have work for all their threads: no more than twice `numel` elements, 4 to 32 a thread."""
-    most = max(configs[0].BLOCK, 2 * numel)
-    return [c for c in configs if most >= c.BLOCK and c.BLOCK // (32 * c.num_warps) in range(4, 33)]
-
-
-def default_config(numel: int) -> MomentumConfig:
-    """Analytic choice: 16 elements a thread, 4 for small tensors, so that more multiprocessors have some."""
-    return MomentumConfig(2048, 4) if numel >= 1 << 18 else MomentumConfig(512, 4)
+def _rescale_reference(params: Sequence[Tensor], rescale: Sequence[float]) -> None:
+    flagged = [(p, length) for p, length in zip(params, rescale, strict=True) if length > 0]
+    if not flagged:
+        return
+    tensors, lengths = zip(*flagged, strict=True)
+    wide = [p if p.dtype == torch.float64 else p.float() for p in tensors]
+    factors = torch._foreach_reciprocal(torch._foreach_add(torch._foreach_norm(wide), RESCALE_EPS))
+    torch._foreach_mul_(factors, list(lengths))
+    torch._foreach_copy_(tensors, torch._foreach_mul(wide, factors))
 
 
 @triton.jit
+def _update_block(
+    bases,  # of param, momentum and update: addresses or pointers
+    param_offs,
+    momentum_offs,
+    update_offs,
+    mask,
+    scale,
+    hyper,
+    codes,  # of the dtypes of param and update
+    PARAM: tl.constexpr,
+    UPDATE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    lr, momentum, weight_decay, momentum_weight, update_weight = hyper
+    param = read(bases[0], param_offs, mask, codes[0], PARAM, VECTORS)
+    velocity = read(bases[1], momentum_offs, mask, 0, tl.float32, VECTORS)
+    update = scale * read(bases[2], update_offs, mask, codes[1], UPDATE, VECTORS)
+    if COUPLED:
+        update += weight_decay * param
+    else:
+        param *= 1.0 - lr * weight_decay
+    velocity = momentum * velocity + update
+    param -= lr * (momentum_weight * velocity + update_weight * update)
+    write(bases[1], momentum_offs, mask, velocity, 0, tl.float32, VECTORS)
+    return write(bases[0], param_offs, mask, param, codes[0], PARAM, VECTORS)
+
+
+@triton.jit
+def _update_strided(
+    bases,
+    first,
+    size,
+    param_strides,
+    momentum_strides,
+    update_strides,
+    scale,
+    hyper,
+    codes,
+    PARAM: tl.constexpr,
+    UPDATE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    squares = tl.zeros((BLOCK // STEPS,), tl.float32)
+    for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
+        index, mask = split_index(first + start, size, BLOCK // STEPS)
+        param_offs = offsets(index, param_strides)
+        momentum_offs = offsets(index, momentum_strides)
+        update_offs = offsets(index, update_strides)
+        stored = _update_block(
+            bases, param_offs, momentum_offs, update_offs, mask, scale, hyper, codes, PARAM, UPDATE, COUPLED, False
+        )
+        squares += tl.where(mask, stored * stored, 0.0)
+    return tl.sum(squares)
+
+
+# None stands for what a call does without: the table, or one tensor's pointers, sizes, starts and strides
+@triton.jit(do_not_specialize=["first_block"])
 def _momentum_update_kernel(
-    # tensors, a scalar and a vector in device memory
+    # the table
+    records_ptr,
+    blocks_ptr,
+    # or one tensor of each list
     param_ptr,
     momentum_ptr,
     update_ptr,
+    # the (first) scale, (5,), one partial square sum a program
     scale_ptr,
     hyper_ptr,
-    # sizes: the tensors are (outer, middle, inner)
-    rows,  # outer * middle
-    middle,
+    partial_ptr,
+    # sizes, place among the partial sums, starts and strides (outer, middle, inner) of the one tensor
+    numel,
     inner,
-    # strides
+    middle,
+    first_block,
+    start_p,
+    start_m,
+    start_u,
     stride_po,
     stride_pm,
     stride_pi,
@@ -99,51 +211,119 @@ def _momentum_update_kernel(
     stride_um,
     stride_ui,
     # configuration
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
+    PARAM: tl.constexpr,
+    UPDATE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    across = tl.cdiv(inner, BLOCK_INNER)
-    row = (tl.program_id(0) // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    i = (tl.program_id(0) % across).to(tl.int64) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
-    mask = (row[:, None] < rows) & (i[None, :] < inner)
-    o = (row // middle).to(tl.int64)
-    m = (row % middle).to(tl.int64)
-    p_ptrs = param_ptr + (o * stride_po + m * stride_pm)[:, None] + (i * stride_pi)[None, :]
-    m_ptrs = momentum_ptr + (o * stride_mo + m * stride_mm)[:, None] + (i * stride_mi)[None, :]
-    u_ptrs = update_ptr + (o * stride_uo + m * stride_um)[:, None] + (i * stride_ui)[None, :]
-
     lr = tl.load(hyper_ptr).to(tl.float32)
     momentum = tl.load(hyper_ptr + 1).to(tl.float32)
     weight_decay = tl.load(hyper_ptr + 2).to(tl.float32)
     momentum_weight = tl.load(hyper_ptr + 3).to(tl.float32)
     update_weight = tl.load(hyper_ptr + 4).to(tl.float32)
+    hyper = (lr, momentum, weight_decay, momentum_weight, update_weight)
+    block = tl.program_id(0)
+    if records_ptr is not None:
+        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 3)
+        scale_address = scale_ptr.to(tl.int64) + tl.load(record + 6)
+        scale = tl.load(scale_address.to(tl.pointer_type(scale_ptr.dtype.element_ty))).to(tl.float32)
+        bases = (record_base(record, 0), record_base(record, 1), record_base(record, 2))
+        codes = (record_code(record, 0, 3), record_code(record, 2, 3))
+        if vectors:
+            offs = first + tl.arange(0, BLOCK)
+            stored = _update_block(
+                bases, offs, offs, offs, None, scale, hyper, codes, PARAM, UPDATE, COUPLED, VECTORS=True
+            )
+            square = tl.sum(stored * stored)
+        else:
+            p_strides, m_strides = record_strides(record, 0, 3), record_strides(record, 1, 3)
+            u_strides = record_strides(record, 2, 3)
+            size = record_size(record)
+            square = _update_strided(
+                bases, first, size, p_strides, m_strides, u_strides, scale, hyper, codes, PARAM, UPDATE, COUPLED, BLOCK
+            )
+    else:
+        scale = tl.load(scale_ptr).to(tl.float32)
+        bases = (param_ptr + start_p, momentum_ptr + start_m, update_ptr + start_u)
+        first = block.to(tl.int64) * BLOCK
+        size = (numel.to(tl.int64), inner.to(tl.int64), middle.to(tl.int64))
+        p_strides, m_strides = (stride_po, stride_pm, stride_pi), (stride_mo, stride_mm, stride_mi)
+        u_strides = (stride_uo, stride_um, stride_ui)
+        if DENSE:
+            offs = first + tl.arange(0, BLOCK)
+            mask = offs < numel
+            stored = _update_block(
+                bases, offs, offs, offs, mask, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, VECTORS=False
+            )
+            square = tl.sum(tl.where(mask, stored * stored, 0.0))
+        else:
+            square = _update_strided(
+                bases, first, size, p_strides, m_strides, u_strides, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, BLOCK
+            )
+        block += first_block
+    if partial_ptr is not None:
+        tl.store(partial_ptr + block, square)
 
-    update = tl.load(u_ptrs, mask=mask, other=0.0).to(tl.float32) * tl.load(scale_ptr).to(tl.float32)
-    velocity = momentum * tl.load(m_ptrs, mask=mask, other=0.0) + update
-    step = momentum_weight * velocity + update_weight * update
-    param = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32) * (1.0 - lr * weight_decay) - lr * step
-    tl.store(m_ptrs, velocity, mask=mask)
-    tl.store(p_ptrs, param.to(param_ptr.dtype.element_ty), mask=mask)
+
+@triton.jit
+def _rescale_strided(base, first, size, strides, code, factor, PARAM: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
+        index, mask = split_index(first + start, size, BLOCK // STEPS)
+        offs = offsets(index, strides)
+        value = factor * read(base, offs, mask, code, PARAM, False)
+        write(base, offs, mask, value, code, PARAM, False)
 
 
-class _Axis(NamedTuple):
-    """A dimension that several tensors share: its size and its stride in each of them."""
-
-    size: int
-    strides: tuple[int, ...]
+@triton.jit
+def _factor(partial_ptr, first_block, num_blocks, length, EPS: tl.constexpr):
+    return length / (tl.sqrt(sum_of(partial_ptr + first_block, num_blocks, 1024)) + EPS)
 
 
-def merged_axes(*tensors: Tensor) -> list[_Axis]:
-    """The fewest dimensions that describe tensors of one shape, in the first one's memory order and none of size 1."""
-    axes = [
-        _Axis(n, s) for n, s in zip(tensors[0].shape, zip(*(t.stride() for t in tensors), strict=True), strict=True)
-    ]
-    merged: list[_Axis] = []
-    for axis in sorted((a for a in axes if a.size != 1), key=lambda a: a.strides[0], reverse=True):
-        if merged and all(o == i * axis.size for o, i in zip(merged[-1].strides, axis.strides, strict=True)):
-            axis = _Axis(merged.pop().size * axis.size, axis.strides)
-        merged.append(axis)
-    return merged
+@triton.jit(do_not_specialize=["first_block", "num_blocks", "length"])
+def _rescale_kernel(
+    # the table
+    records_ptr,
+    blocks_ptr,
+    # or one parameter
+    param_ptr,
+    # all partial square sums
+    partial_ptr,
+    # sizes, which partial sums, length, start and strides of the one parameter
+    numel,
+    inner,
+    middle,
+    first_block,
+    num_blocks,
+    length,
+    start,
+    stride_o,
+    stride_m,
+    stride_i,
+    # configuration
+    PARAM: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if records_ptr is not None:
+        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 3)
+        wanted = tl.load(record + 7).to(tl.int32).to(tl.float32, bitcast=True)
+        if wanted > 0:
+            base, code = record_base(record, 0), record_code(record, 0, 3)
+            factor = _factor(partial_ptr, tl.load(record + 4), tl.load(record + 5).to(tl.int32), wanted, EPS)
+            if vectors:
+                offs = first + tl.arange(0, BLOCK)
+                value = factor * read(base, offs, None, code, PARAM, True)
+                write(base, offs, None, value, code, PARAM, True)
+            else:
+                strides = record_strides(record, 0, 3)
+                _rescale_strided(base, first, record_size(record), strides, code, factor, PARAM, BLOCK)
+    else:
+        factor = _factor(partial_ptr, first_block, num_blocks, length, EPS)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        size = (numel.to(tl.int64), inner.to(tl.int64), middle.to(tl.int64))
+        strides = (stride_o, stride_m, stride_i)
+        _rescale_strided(param_ptr + start, first, size, strides, 0, factor, PARAM, BLOCK)
 
 
 def supports(params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], updates: Sequence[Tensor]) -> bool:
@@ -151,9 +331,9 @@ def supports(params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], updat
 
     For others, fp64 say, the op takes the reference.
     """
-    return all(t.dtype in DTYPES for t in (*params, *updates)) and all(
-        t.dtype == torch.float32 for t in momentum_buffers
-    )
+    return {t.dtype for t in chain(params, updates)} <= CODES.keys() and {t.dtype for t in momentum_buffers} <= {
+        torch.float32
+    }
 
 
 def launch_momentum_update_(
@@ -162,55 +342,113 @@ def launch_momentum_update_(
     updates: Sequence[Tensor],
     scales: Sequence[Tensor],
     hyper: Tensor,
-    config: MomentumConfig | None = None,
+    *,
+    coupled: bool = False,
+    rescale: Sequence[float] | None = None,
+    config: ListConfig | None = None,
 ) -> None:
-    """`momentum_update_` by Triton, whatever the device: one launch a tensor, more if its strides need 4 dimensions."""
-    _check(params, momentum_buffers, updates, scales, hyper)
-    if not supports(params, momentum_buffers, updates):
-        raise UnsupportedInputError(
-            "expected fp32, fp16 or bf16 params and updates and fp32 momenta, got "
-            f"{sorted({str(t.dtype) for t in (*params, *updates)})} and "
-            f"{sorted({str(t.dtype) for t in momentum_buffers})}"
+    """`momentum_update_` by Triton, whatever the device: one launch, two with `rescale`; traced, as many per tensor."""
+    lists = (params, momentum_buffers, updates)
+
+    def check() -> None:
+        _check(*lists, scales, hyper, rescale)
+        if not supports(*lists):
+            raise UnsupportedInputError(
+                "expected fp32, fp16 or bf16 params and updates and fp32 momenta, got "
+                f"{sorted({str(t.dtype) for t in (*params, *updates)})} and "
+                f"{sorted({str(t.dtype) for t in momentum_buffers})}"
+            )
+
+    numel = sum(p.numel() for p in params)
+    if numel == 0:
+        return check()
+    config = config or default_config(numel, device_limits(params[0].device))
+    lengths = list(rescale) if rescale is not None and any(length > 0 for length in rescale) else None
+    if is_traced(*lists, scales):
+        check()
+        return _launch_each(*lists, scales, hyper, coupled, lengths, config)
+    _check_scalars(params, scales, hyper, rescale)
+    if len({s.dtype for s in scales}) > 1:
+        scales = torch.stack([s.float() for s in scales]).unbind()
+    words = [(s.data_ptr() - scales[0].data_ptr(), 0) for s in scales]
+    if lengths is not None:
+        words = [(offset, _bits(length)) for (offset, _), length in zip(words, lengths, strict=True)]
+    table = pointer_table(lists, config.BLOCK, check, words)
+    partials = _partials(table.programs, hyper) if lengths is not None else None
+    param, _, update = table.dtypes
+    grid = (table.programs,)
+    wrap_triton(_momentum_update_kernel)[grid](
+        *(table.records, table.blocks, None, None, None, scales[0], hyper, partials),
+        *[None] * 16,
+        PARAM=DTYPES[param],
+        UPDATE=DTYPES[update],
+        COUPLED=coupled,
+        DENSE=False,
+        BLOCK=config.BLOCK,
+        num_warps=config.num_warps,
+    )
+    if partials is not None:
+        wrap_triton(_rescale_kernel)[grid](
+            *(table.records, table.blocks, None, partials),
+            *[None] * 10,
+            PARAM=DTYPES[param],
+            EPS=RESCALE_EPS,
+            BLOCK=config.BLOCK,
+            num_warps=config.num_warps,
         )
-    for param, momentum, update, scale in zip(params, momentum_buffers, updates, scales, strict=True):
-        if param.numel() > 0:
-            chosen = config or default_config(param.numel())
-            for p, m, u, axes in _three_dimensional(param, momentum, update):
-                outer, middle, inner = axes
-                block_inner = min(chosen.BLOCK, triton.next_power_of_2(inner.size))
-                block_rows = chosen.BLOCK // block_inner
-                rows = outer.size * middle.size
-                strides = zip(outer.strides, middle.strides, inner.strides, strict=True)
-                wrap_triton(_momentum_update_kernel)[
-                    (triton.cdiv(rows, block_rows) * triton.cdiv(inner.size, block_inner),)
-                ](
-                    p,
-                    m,
-                    u,
-                    scale,
-                    hyper,
-                    rows,
-                    middle.size,
-                    inner.size,
-                    *(stride for of_tensor in strides for stride in of_tensor),
-                    BLOCK_ROWS=block_rows,
-                    BLOCK_INNER=block_inner,
-                    num_warps=chosen.num_warps,
+    return None
+
+
+def _launch_each(
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    hyper: Tensor,
+    coupled: bool,
+    lengths: Sequence[float] | None,
+    config: ListConfig,
+) -> None:
+    """The same without a table, for traces: a launch a tensor, two for one that is rescaled."""
+    for place, tensors in enumerate(zip(params, momentum_buffers, updates, scales, strict=True)):
+        param, momentum, update, scale = tensors
+        parts = list(pieces(merged_axes(*tensors[:3]), 3)) if param.numel() > 0 else []
+        blocks = [triton.cdiv(part.numel, config.BLOCK) for part in parts]
+        length = lengths[place] if lengths is not None else 0.0
+        partials = _partials(sum(blocks), hyper) if length > 0 and blocks else None
+        first = 0
+        for part, count in zip(parts, blocks, strict=True):
+            wrap_triton(_momentum_update_kernel)[(count,)](
+                *(None, None, param, momentum, update, scale, hyper, partials),
+                *(part.numel, part.inner.size, part.middle.size, first, *part.starts, *part.strides),
+                PARAM=DTYPES[param.dtype],
+                UPDATE=DTYPES[update.dtype],
+                COUPLED=coupled,
+                DENSE=part.dense,
+                BLOCK=config.BLOCK,
+                num_warps=config.num_warps,
+            )
+            first += count
+        if partials is not None:
+            for part, count in zip(parts, blocks, strict=True):
+                wrap_triton(_rescale_kernel)[(count,)](
+                    *(None, None, param, partials, part.numel, part.inner.size, part.middle.size),
+                    *(0, sum(blocks), length, part.starts[0]),
+                    *(axis.strides[0] for axis in (part.outer, part.middle, part.inner)),
+                    PARAM=DTYPES[param.dtype],
+                    EPS=RESCALE_EPS,
+                    BLOCK=config.BLOCK,
+                    num_warps=config.num_warps,
                 )
 
 
-def _three_dimensional(*tensors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[_Axis]]]:
-    """The tensors, or slices of them that three merged dimensions describe.
+def _partials(count: int, like: Tensor) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device=like.device)
 
-    Weights of linear and conv layers need no slices, whatever the order of their momenta's memory.
-    """
-    axes = merged_axes(*tensors)
-    if len(axes) <= 3:
-        one = _Axis(1, (0,) * len(tensors))
-        yield *tensors, [one] * (3 - len(axes)) + axes
-    else:
-        for slices in zip(*(t.unbind(0) for t in tensors), strict=True):
-            yield from _three_dimensional(*slices)
+
+def _bits(value: float) -> int:
+    """The bits of a float32, as an integer."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def _check(
@@ -219,34 +457,51 @@ def _check(
     updates: Sequence[Tensor],
     scales: Sequence[Tensor],
     hyper: Tensor,
+    rescale: Sequence[float] | None,
 ) -> None:
     if not len(params) == len(momentum_buffers) == len(updates) == len(scales):
         raise UnsupportedInputError(
             "expected lists of one length, got "
             f"{len(params)} params, {len(momentum_buffers)} momenta, {len(updates)} updates, {len(scales)} scales"
         )
+    _check_scalars(params, scales, hyper, rescale)
+    check_shapes(params, momentum_buffers, updates)
+
+
+def _check_scalars(
+    params: Sequence[Tensor], scales: Sequence[Tensor], hyper: Tensor, rescale: Sequence[float] | None
+) -> None:
+    """What the key of a table does not hold."""
+    if rescale is not None and len(rescale) != len(params):
+        raise UnsupportedInputError(f"expected {len(params)} lengths to rescale to, got {len(rescale)}")
     if hyper.shape != (5,):
         raise UnsupportedInputError(
             "expected hyper (5,) = [lr, momentum, weight_decay, momentum_weight, update_weight], got "
             f"{tuple(hyper.shape)}"
         )
-    for index, (p, m, u, s) in enumerate(zip(params, momentum_buffers, updates, scales, strict=True)):
-        if not p.shape == m.shape == u.shape or s.dim() != 0:
-            raise UnsupportedInputError(
-                f"expected tensors of one shape and a 0-dim scale at place {index}, got {tuple(p.shape)}, "
-                f"{tuple(m.shape)}, {tuple(u.shape)} and {tuple(s.shape)}"
-            )
+    if max(map(Tensor.dim, scales), default=0) > 0:
+        place = next(i for i, s in enumerate(scales) if s.dim() != 0)
+        raise UnsupportedInputError(f"expected a 0-dim scale at place {place}, got {tuple(scales[place].shape)}")
 
 
 @triton_op("triton_curv::momentum_update_", mutates_args={"params", "momentum_buffers"})
 def _momentum_update_op(
-    params: list[Tensor], momentum_buffers: list[Tensor], updates: list[Tensor], scales: list[Tensor], hyper: Tensor
+    params: list[Tensor],
+    momentum_buffers: list[Tensor],
+    updates: list[Tensor],
+    scales: list[Tensor],
+    hyper: Tensor,
+    coupled: bool = False,
+    rescale: list[float] | None = None,
+    config: list[int] | None = None,
 ) -> None:
+    lists = (params, momentum_buffers, updates, scales, hyper)
     if use_reference(hyper) or not supports(params, momentum_buffers, updates):
-        _check(params, momentum_buffers, updates, scales, hyper)
-        momentum_update_reference(params, momentum_buffers, updates, scales, hyper)
+        _check(*lists, rescale)
+        momentum_update_reference(*lists, coupled=coupled, rescale=rescale)
     else:
-        launch_momentum_update_(params, momentum_buffers, updates, scales, hyper)
+        parsed = None if config is None else ListConfig.from_ints(config)
+        launch_momentum_update_(*lists, coupled=coupled, rescale=rescale, config=parsed)
 
 
 def momentum_update_(
@@ -255,6 +510,10 @@ def momentum_update_(
     updates: Sequence[Tensor],
     scales: Sequence[Tensor],
     hyper: Tensor,
+    *,
+    coupled: bool = False,
+    rescale: Sequence[float] | None = None,
+    config: ListConfig | None = None,
 ) -> None:
     """`m.mul_(momentum).add_(s * u); p.mul_(1 - lr * wd).sub_(lr * (momentum_weight * m + update_weight * s * u))`.
 
@@ -264,13 +523,18 @@ def momentum_update_(
         updates: directions to descend along; any strides.
         scales: 0-dim tensors, one for each update.
         hyper: (5,) = [lr, momentum, weight_decay, momentum_weight, update_weight], on the tensors' device.
+        coupled: add wd * p to the scaled update, and so to the momentum, instead of shrinking p.
+        rescale: for each parameter the norm it gets after the step, sqrt(2 d_out) say; 0 leaves it as it is.
+        config: of the Triton kernel; None means `default_config`.
 
     Raises:
         UnsupportedInputError: lists that do not match.
 
     """
     if not torch.compiler.is_compiling() and use_reference(hyper):
-        _check(params, momentum_buffers, updates, scales, hyper)
-        momentum_update_reference(params, momentum_buffers, updates, scales, hyper)
+        _check(params, momentum_buffers, updates, scales, hyper, rescale)
+        momentum_update_reference(params, momentum_buffers, updates, scales, hyper, coupled=coupled, rescale=rescale)
     else:
-        torch.ops.triton_curv.momentum_update_(params, momentum_buffers, updates, scales, hyper)
+        lengths = None if rescale is None else list(rescale)
+        ints = None if config is None else config.to_ints()
+        torch.ops.triton_curv.momentum_update_(params, momentum_buffers, updates, scales, hyper, coupled, lengths, ints)

@@ -58,6 +58,8 @@ SASS = {
     "LDGSTS": r"LDGSTS",
     "LDG": r"LDG(?!STS)",
     "STG": r"STG",
+    "LDG.128": r"LDG\S*\.128",
+    "STG.128": r"STG\S*\.128",
     "ATOM": r"(ATOMG?|REDG?)\b",  # of global memory
     "FFMA": r"FFMA",
     "total": r"[A-Z]",
@@ -67,6 +69,8 @@ GCN = {
     "scratch": r"scratch_(load|store)",
     "global_load": r"(global|buffer)_load",
     "global_store": r"(global|buffer)_store",
+    "load.128": r"(global|buffer)_load_dwordx4",
+    "store.128": r"(global|buffer)_store_dwordx4",
     "atomic": r"(global|buffer|flat)_atomic",
     "total": r"[a-z]+_",
 }

@@ -14,24 +14,24 @@ from tests.support.offline import Arch, dry_launches, report, traced_kernels
 from tests.support.poison import poisoned_allocations
 from triton_curv_kernels.backend import UnsupportedInputError
 from triton_curv_kernels.cg import (
-    CONFIGS,
-    DEFAULT_CONFIG,
-    CGConfig,
     cg_direction_,
     cg_direction_reference,
+    cg_dot,
+    cg_dots,
     cg_update_,
     cg_update_reference,
     launch_cg_direction,
+    launch_cg_dots,
     launch_cg_update,
-    prune,
     supports,
 )
+from triton_curv_kernels.pointer_table import CONFIGS, ListConfig, default_config, prune
 
 STEP, BETA = 0.3, 0.8
 SHAPES = [(), (0,), (1,), (7,), (33, 5), (3, 0, 2), (257,), (16, 3, 3, 3)]
 # two roundings of values below 8 in the stored dtype, and the norm's sum
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
-SMALL = CGConfig(block=128, num_warps=4)
+SMALL = ListConfig(BLOCK=128, num_warps=4)
 
 
 class Case(NamedTuple):
@@ -155,11 +155,40 @@ def test_prune_keeps_a_config_for_every_size() -> None:
         kept = prune(CONFIGS, numel)
         assert kept
         assert set(kept) <= set(CONFIGS)
-    assert DEFAULT_CONFIG in prune(CONFIGS, 10**6)
+        assert default_config(numel) in kept
     assert len(prune(CONFIGS, 100)) < len(prune(CONFIGS, 10**6))
 
 
+def test_dots_by_reference() -> None:
+    case = make_case(dtype=torch.float64)
+    assert_dots(case, cg_dots)
+    torch.testing.assert_close(cg_dot(case.direction, case.product), cg_dots(case.direction, case.product)[0])
+    with pytest.raises(UnsupportedInputError, match="two lists of one length > 0, got 0 and 0"):
+        cg_dots([], [])
+    with pytest.raises(UnsupportedInputError, match=r"one shape at place 0, got \(3,\), \(4,\)"):
+        launch_cg_dots([torch.ones(3)], [torch.ones(4)])
+
+
+def assert_dots(case: Case, run: Callable[..., Any]) -> None:
+    a, b = (torch.cat([t.flatten() for t in tensors]).double() for tensors in (case.direction, case.product))
+    ab, aa = run(case.direction, case.product)
+    tolerance = 1e-14 if case.square.dtype == torch.float64 else 1e-5
+    assert ab.item() == pytest.approx((a @ b).item(), rel=tolerance, abs=tolerance)
+    assert aa.item() == pytest.approx((a @ a).item(), rel=tolerance)
+
+
 # Triton, interpreted
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("launch", [launch_cg_dots, partial(launch_cg_dots, config=SMALL)], ids=["default", "block128"])
+def test_dots_kernel_is_the_sum(launch: Callable[..., Tensor]) -> None:
+    case = make_case()
+    case.product[-1] = case.product[-1].contiguous(memory_format=torch.channels_last)
+    with poisoned_allocations():
+        assert_dots(case, launch)
+    assert torch.equal(launch(case.direction, case.product), launch(case.direction, case.product))
+    assert launch([torch.ones(0)], [torch.ones(0)]).tolist() == [0, 0]
 
 
 @pytest.mark.interpreter
@@ -213,15 +242,6 @@ def test_kernel_is_deterministic() -> None:
 
 
 @pytest.mark.interpreter
-def test_kernel_adds_more_partials_than_one_block() -> None:
-    config = CGConfig(block=16, num_warps=1)
-    case = make_case([(1100 * 16,)])
-    expected = (case.residual[0] - STEP * case.product[0]).double().square().sum().item()
-    launch_cg_update(*case, config=config)
-    assert case.square.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.interpreter
 def test_kernels_solve_a_system() -> None:
     """CG on the kernels alone: A = 2I on one tensor, 5I on another needs two iterations."""
     b = [torch.randn(50), torch.randn(3, 4)]
@@ -242,21 +262,23 @@ def test_kernels_solve_a_system() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_binaries_neither_spill_nor_load_element_by_element(arch: Arch) -> None:
-    case = make_case([(1024, 1024)], device="meta")
+    case = make_case([(4096, 1024), (33, 5), (0,)], device="meta")
     with set_wrap_triton_enabled(False):  # outside an op, `wrap_triton` would leave meta tensors to a fake kernel
         launches = dry_launches(arch, lambda: launch_cg_update(*case))
         launches += dry_launches(arch, lambda: launch_cg_direction(case.direction, case.residual, case.step))
-    update, finish, direction = map(report, launches)
+        launches += dry_launches(arch, lambda: launch_cg_dots(case.direction, case.product))
+    update, finish, direction, dots, _ = map(report, launches)
     assert update.name == "_cg_update_kernel"
     assert direction.name == "_cg_direction_kernel"
-    for kernel in (update, finish, direction):
+    assert dots.name == "_cg_dots_kernel"
+    for kernel in (update, finish, direction, dots):
         assert kernel.spills == 0
         assert kernel.fits_shared
-        assert kernel.registers <= 64
+        assert kernel.registers <= 96  # three programs of 8 warps on a multiprocessor
         assert kernel.counts["ATOM"] == kernel.counts["atomic"] == 0
-    # 8 elements a thread in 16-byte loads, of four tensors or two, and a scalar
-    assert update.counts["LDG"] + update.counts["global_load"] <= 8 + 1
-    assert direction.counts["LDG"] + direction.counts["global_load"] <= 4 + 1
+    # 8 elements a thread in 16-byte loads (4 on AMD, where a warp has twice the threads), of four tensors or two
+    for kernel, tensors in ((update, 4), (direction, 2), (dots, 2)):
+        assert kernel.counts["LDG.128"] >= 2 * tensors or kernel.counts["load.128"] >= tensors
 
 
 # graphs
@@ -267,6 +289,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype)
     torch.library.opcheck(torch.ops.triton_curv.cg_update_.default, tuple(copy_case(case)))
     torch.library.opcheck(torch.ops.triton_curv.cg_direction_.default, (case.direction, case.residual, case.step))
+    torch.library.opcheck(torch.ops.triton_curv.cg_dots.default, (case.direction, case.residual))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -299,4 +322,7 @@ def test_kernels_are_inlined_in_a_cuda_graph() -> None:
 
     found = traced_kernels(cg_direction_, direction_arguments)
     assert found.inlined == len(shapes)
+    assert found.opaque == []
+    found = traced_kernels(lambda a, b: cg_dots(a, b), lambda: direction_arguments()[:2])
+    assert found.inlined == len(shapes) + 1
     assert found.opaque == []

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from triton_curv.errors import ConfigurationError
 from triton_curv.hostcheck import known_true
-from triton_curv.operators.vectors import Vectors, dot, norm_2, norm_inf, zeros_like
-from triton_curv_kernels.cg import cg_direction_, cg_update_
+from triton_curv.operators.vectors import Vectors, norm_2, norm_inf, zeros_like
+from triton_curv_kernels.cg import cg_direction_, cg_dot, cg_dots, cg_update_
 
 NegativeCurvature = Literal["exit", "ignore"]
 ENDS = ("iteration limit", "converged", "negative curvature", "breakdown")
@@ -129,7 +129,7 @@ def cg(
     precondition = preconditioner or (lambda vectors: vectors)
     z = precondition(r)
     p = [t.clone() for t in z]
-    rz = dot(r, z)
+    rz = cg_dot(r, z)
     active = goes_on(0)
     end = torch.where(active, 0, torch.where(size.isfinite(), 1, 3))
     steps, largest = torch.zeros_like(end), torch.zeros_like(size)
@@ -140,7 +140,7 @@ def cg(
         if known_true(~active):
             break
         Ap = product(p)
-        curvature, length = dot(p, Ap), dot(p, p)
+        curvature, length = cg_dots(p, Ap)
         largest = torch.maximum(largest, curvature / length)
         sound = curvature.isfinite() & (rz > 0 if preconditioner else rz.isfinite())
         curved = curvature > rounding * largest * length if negative_curvature == "exit" else curvature != 0
@@ -156,7 +156,7 @@ def cg(
         end = torch.where(active & ~goes_on(k + 1), torch.where(size.isfinite(), 1, 3), end)
         active = active & goes_on(k + 1)
         z = precondition(r)
-        rz_new = dot(r, z) if preconditioner else square.clone()
+        rz_new = cg_dot(r, z) if preconditioner else square.clone()
         cg_direction_(p, z, torch.where(active, rz_new / rz, 0.0))
         rz = rz_new
     history = None
