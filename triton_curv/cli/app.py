@@ -92,3 +92,13 @@ def profile(
     from triton_curv.cli.profile import run_profile
 
     run_profile(target, context.args, optimizer, steps, device, nsys, out)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print versions, device, the implementation each op takes, what works here and what to do if it does not."""
+    from triton_curv.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json))
