@@ -3,7 +3,8 @@
 python -m profiles.bench_steps [SCENARIO ...] [--csv FILE]     appends to profiles/results/steps.csv by default
 
 A step is forward, backward, step() and zero_grad() in process CPU time; a block of steps holds whole refresh cycles, so
-the figure of K-FAC is the mean over a cycle. `optimizer_ms` is the time in step() and zero_grad() alone.
+the figure of K-FAC is the mean over a cycle. `optimizer_ms` is the time in step() and zero_grad() alone; for optimizers
+that take a closure, whose step() makes all passes, that is the whole.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 
 from triton_curv.scenarios import SCENARIOS, get_scenario
 from triton_curv.training.environment import commit, hardware
-from triton_curv.training.optimizers import OPTIMIZERS
+from triton_curv.training.optimizers import CLOSURES, OPTIMIZERS
 from triton_curv.training.timing import one_thread
 from triton_curv.training.trainer import Trainer
 
@@ -26,13 +27,18 @@ CYCLE = 20
 FIELDS = ["date", "commit", "cpu", "torch", "scenario", "optimizer", "step_ms", "step_ratio", "optimizer_ms"]
 
 
-def block_times(trainer: Trainer, steps: int) -> tuple[float, float]:
+def block_times(name: str, trainer: Trainer, steps: int) -> tuple[float, float]:
     """Mean CPU seconds of a whole step, and of the optimizer's part of it, over `steps` steps."""
     whole = part = 0.0
     for _ in range(steps):
         x, y = trainer.draw()
         start = time.process_time()
-        trainer.scenario.loss(trainer.model(x), y).backward()
+        if name in CLOSURES:
+            trainer.step((x, y))
+            whole += time.process_time() - start
+            part = whole
+            continue
+        trainer.scenario.objective(trainer.model, trainer.model(x), y).backward()
         middle = time.process_time()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
@@ -47,12 +53,12 @@ def measure(name: str) -> dict[str, tuple[float, float]]:
     scenario = get_scenario(name)
     data = scenario.load()
     steps = CYCLE * (ROUNDS + 1)
-    trainers = {n: Trainer(scenario, data, n, scenario.learning_rates[n] / 10, 0, steps) for n in OPTIMIZERS}
+    trainers = {n: Trainer(scenario, data, n, scenario.learning_rate(n) / 10, 0, steps) for n in OPTIMIZERS}
     blocks: dict[str, list[tuple[float, float]]] = {n: [] for n in trainers}
     with one_thread():
         for _ in range(ROUNDS + 1):
             for n, trainer in trainers.items():
-                blocks[n].append(block_times(trainer, CYCLE))
+                blocks[n].append(block_times(n, trainer, CYCLE))
     return {
         n: (statistics.median(w for w, _ in b[1:]) * 1e3, statistics.median(p for _, p in b[1:]) * 1e3)
         for n, b in blocks.items()

@@ -328,7 +328,10 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         ({"batch_size": 405}, "batch size from 1 to 404"),
         ({"seed": -1}, "seed from 0"),
         ({"dtype": "int8"}, "dtype among float32, float64, bfloat16"),
-        ({"optimizer": "adagrad"}, "optimizer among sgd, adamw, neumann, kfac, got 'adagrad'"),
+        (
+            {"optimizer": "adagrad"},
+            "optimizer among sgd, adamw, neumann, kfac, .*, got 'adagrad'",
+        ),
     ):
         with pytest.raises(SettingError, match=message):
             train(replace(config, **changes), 1, tmp_path / "out")

@@ -14,11 +14,23 @@ import torch
 from triton_curv.scenarios import SCENARIOS, MissingDataError, UnknownScenarioError, get_scenario
 from triton_curv.scenarios.life import read_gapminder
 from triton_curv.scenarios.scenario import ACCURACY, rmse
+from triton_curv.training.optimizers import OPTIMIZERS
 
 SHAPES = {
     "digits-cnn": ((1437, 1, 8, 8), (360, 1, 8, 8), (1437,)),
     "reg-bos": ((404, 13), (102, 13), (404, 1)),
+    "reg-bos-fb": ((404, 13), (102, 13), (404, 1)),
     "reg-lif": ((1363, 8), (341, 8), (1363, 1)),
+    "reg-lif-fb": ((1363, 8), (341, 8), (1363, 1)),
+    "mnist5k-mlp": ((4000, 1, 28, 28), (1000, 1, 28, 28), (4000,)),
+    "mnist5k-resnet": ((4000, 1, 28, 28), (1000, 1, 28, 28), (4000,)),
+    "resnet-transfer": ((4000, 1, 28, 28), (1000, 1, 28, 28), (4000,)),
+    "autoencoder-mnist5k": ((4000, 784), (1000, 784), (4000, 784)),
+    "vae-mnist5k": ((4000, 784), (1000, 784), (4000, 784)),
+    "bnn-mnist5k": ((4000, 1, 28, 28), (1000, 1, 28, 28), (4000,)),
+    "tiny-gpt": ((5227, 64), (275, 64), (5227, 64)),
+    "sine10": ((7000, 1), (3000, 1), (7000, 1)),
+    "sine100": ((7000, 1), (3000, 1), (7000, 1)),
 }
 
 
@@ -29,9 +41,17 @@ def test_data_and_model_fit_together(name: str) -> None:
     shapes = (tuple(data.train_x.shape), tuple(data.val_x.shape), tuple(data.train_y.shape))
     assert shapes == SHAPES[name]
     assert scenario.train_rows == len(data.train_x)
-    loss = scenario.loss(scenario.model()(data.train_x[:7]), data.train_y[:7])
+    model = scenario.model()
+    output = model(data.train_x[:7])
+    loss = scenario.objective(model, output, data.train_y[:7])
     assert loss.shape == ()
     assert torch.isfinite(loss)
+    assert math.isfinite(scenario.metric.measure(output.detach(), data.train_y[:7], data.target_scale))
+    assert scenario.batch_size <= len(data.train_x)
+
+
+def test_all_scenarios_are_tested() -> None:
+    assert set(SHAPES) == set(SCENARIOS)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -98,14 +118,15 @@ def test_missing_gapminder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_scenario_is_named() -> None:
-    with pytest.raises(UnknownScenarioError, match="digits-cnn, reg-bos, reg-lif, got 'mnist'"):
+    with pytest.raises(UnknownScenarioError, match=r"digits-cnn, reg-bos, .*, got 'mnist'"):
         get_scenario("mnist")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_rate_grids_are_equally_fine_and_centred(name: str) -> None:
     scenario = get_scenario(name)
-    assert set(scenario.learning_rates) == {"sgd", "adamw", "neumann", "kfac"}
+    assert set(scenario.learning_rates) == set(OPTIMIZERS) - {"sgn"}
+    assert scenario.rate_grid("sgn", 5) == (1.0,)
     for optimizer, centre in scenario.learning_rates.items():
         grid = scenario.rate_grid(optimizer, 5)
         assert grid[2] == pytest.approx(centre)

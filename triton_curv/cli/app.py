@@ -9,12 +9,13 @@ import typer
 
 app = typer.Typer(
     name="triton-curv",
-    help="Train with curvature: K-FAC and Neumann beside SGD and AdamW, on real data.",
+    help="Train with curvature: K-FAC, Neumann, Newton-CG and SGN beside SGD and AdamW, on real data.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
+OPTIMIZER_NAMES = "sgd, adamw, neumann, kfac, newton-cg, sgn or neumann-inner."
 ScenarioName = Annotated[
     str,
     typer.Argument(metavar="SCENARIO", show_default=False, help="What to train; see `triton-curv scenarios`."),
@@ -32,7 +33,10 @@ def scenarios() -> None:
 @app.command()
 def train(
     scenario: ScenarioName,
-    optimizer: Annotated[str | None, typer.Option(help="sgd, adamw, neumann or kfac.", show_default="kfac")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help=OPTIMIZER_NAMES, show_default="kfac"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the scenario's")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs in all.", show_default="what fills the scenario's budget")

@@ -90,7 +90,7 @@ def _new_config(options: TrainOptions, scenario: Scenario) -> RunConfig:
     return RunConfig(
         scenario=options.scenario,
         optimizer=optimizer,
-        lr=scenario.learning_rates[optimizer] if options.lr is None else options.lr,
+        lr=scenario.learning_rate(optimizer) if options.lr is None else options.lr,
         batch_size=batch_size,
         seed=options.seed or 0,
         dtype=options.dtype or "float32",

@@ -30,7 +30,7 @@ def load_state_in_place(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> 
     saved_state = state_dict["state"]
     copies: list[tuple[Tensor, Tensor]] = []
     for index, (key, param) in enumerate(zip(saved_keys, params, strict=True)):
-        own, saved = optimizer.state[param], saved_state.get(key, {})
+        own, saved = optimizer.state.get(param, {}), saved_state.get(key, {})
         if set(own) != set(saved):
             raise StateMismatchError(
                 f"parameter {index}: expected state {sorted(own)}, got {sorted(saved)}; is it another optimizer's?"

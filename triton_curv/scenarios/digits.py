@@ -61,5 +61,12 @@ DIGITS_CNN = Scenario(
     budget=100,
     evaluate_every=2,
     target_loss=0.00292,  # AdamW's at 60 % of the budget, mean of 3 seeds: python -m profiles.targets
-    learning_rates={"sgd": 1e-1, "adamw": 1e-2, "neumann": 1e-1, "kfac": 3e-3},
+    learning_rates={
+        "sgd": 1e-1,
+        "adamw": 1e-2,
+        "neumann": 1e-1,
+        "kfac": 3e-3,
+        "newton-cg": 1e-1,
+        "neumann-inner": 3e-2,
+    },
 )

@@ -1,15 +1,18 @@
-"""What a scenario is: real data, a model, a loss and a metric, and the budget they are compared under."""
+"""What a scenario is: data, a model, a loss and a metric, and the budget they are compared under."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 RATE_RATIO = math.sqrt(10.0)
 """Factor between neighbouring learning rates of a grid, the same for every optimizer."""
+UNTUNED: Mapping[str, float] = {"sgn": 1.0}
+"""Step size of the optimizers that need no tuning: their grids have this one rate."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class Data:
     """Training and validation rows.
 
     Attributes:
-        train_x: (rows, ...) float32 inputs.
-        train_y: (rows,) int64 classes or (rows, outputs) float32 targets.
+        train_x: (rows, ...) float32 inputs, or int64 tokens.
+        train_y: int64 classes (rows,) or (rows, positions), or float32 targets (rows, outputs).
         val_x: Validation inputs, as ``train_x``.
         val_y: Validation targets, as ``train_y``.
         target_scale: Original units in one unit of ``train_y``; 1 for classes.
@@ -50,7 +53,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One training task on real data.
+    """One training task.
 
     Attributes:
         name: The name used on the command line.
@@ -59,12 +62,15 @@ class Scenario:
         load: Reads the data. Raises ``MissingDataError`` where its package is not installed.
         model: Builds the model from torch's global random state.
         loss: ``(output, target) -> mean loss over the rows``.
+        loss_rows: At most so many training rows, a fixed choice, give the evaluated training loss.
+        penalty: ``model -> scalar``, a term of the loss that is a function of the parameters alone.
         metric: The validation metric.
         batch_size: Rows per step.
         budget: Steps of a comparison.
         evaluate_every: Steps between two evaluations of a comparison.
         target_loss: Evaluated training loss that counts as "reached".
-        learning_rates: Default learning rate of each optimizer, the centre of its grid.
+        learning_rates: Default learning rate of each optimizer, the centre of its grid; not of those in ``UNTUNED``.
+        options: Further arguments of some optimizers, by name: what their papers set by task.
 
     """
 
@@ -80,9 +86,23 @@ class Scenario:
     evaluate_every: int
     target_loss: float
     learning_rates: Mapping[str, float]
+    loss_rows: int = 2000
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def objective(self, model: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """What training minimises: the loss of the output, plus the penalty."""
+        loss = self.loss(output, target)
+        return loss if self.penalty is None else loss + self.penalty(model)
+
+    def learning_rate(self, optimizer: str) -> float:
+        """The optimizer's default."""
+        return UNTUNED[optimizer] if optimizer in UNTUNED else self.learning_rates[optimizer]
 
     def rate_grid(self, optimizer: str, count: int) -> tuple[float, ...]:
         """``centre * sqrt(10)**k`` for ``count`` consecutive k around 0, ascending, to three digits."""
+        if optimizer in UNTUNED:
+            return (UNTUNED[optimizer],)
         centre = self.learning_rates[optimizer]
         first = -(count // 2)
         return tuple(float(f"{centre * RATE_RATIO**k:.3g}") for k in range(first, first + count))
@@ -95,6 +115,11 @@ def _accuracy(output: Tensor, target: Tensor, target_scale: float) -> float:
 
 def _root_mean_square_error(output: Tensor, target: Tensor, target_scale: float) -> float:
     return target_scale * float((output.double() - target.double()).square().mean().sqrt())
+
+
+def loss_metric(name: str, loss: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Metric:
+    """``scale`` times a loss on the validation rows."""
+    return Metric(name, False, lambda output, target, target_scale: scale * float(loss(output, target)))
 
 
 ACCURACY = Metric("accuracy", True, _accuracy)

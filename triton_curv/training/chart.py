@@ -9,7 +9,15 @@ from typing import Any
 from triton_curv.training.compare import Comparison
 from triton_curv.training.search import Result
 
-COLOURS = {"sgd": "#8c8c8c", "adamw": "#e08214", "neumann": "#35978f", "kfac": "#2166ac"}
+COLOURS = {
+    "sgd": "#8c8c8c",
+    "adamw": "#e08214",
+    "neumann": "#35978f",
+    "kfac": "#2166ac",
+    "newton-cg": "#762a83",
+    "sgn": "#c51b7d",
+    "neumann-inner": "#5aae61",
+}
 
 
 def draw_chart(comparison: Comparison, path: Path) -> None:

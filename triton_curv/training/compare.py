@@ -108,7 +108,8 @@ class Comparison:
 def planned_work(scenario: Scenario, settings: Settings) -> int:
     """Amount of work ``compare`` reports to its ``Progress``, where no rate diverges."""
     steps = settings.steps or scenario.budget
-    training = len(settings.optimizers) * (settings.rates + settings.seeds - 1) * steps
+    grids = [scenario.rate_grid(name, settings.rates) for name in settings.optimizers]
+    training = sum(len(grid) + settings.seeds - 1 for grid in grids) * steps
     timing = len({*settings.optimizers, YARDSTICK}) * (ROUNDS + 1)
     return training + timing
 
@@ -145,7 +146,7 @@ def compare(scenario: Scenario, settings: Settings, progress: Progress) -> Compa
 
 def _timed_trainers(scenario: Scenario, data: Data, results: Sequence[Result], steps: int) -> dict[str, Trainer]:
     rates = {result.optimizer: result.rate for result in results if result.rate is not None}
-    rates.setdefault(YARDSTICK, scenario.learning_rates[YARDSTICK])
+    rates.setdefault(YARDSTICK, scenario.learning_rate(YARDSTICK))
     return {name: Trainer(scenario, data, name, rate, 0, steps) for name, rate in rates.items()}
 
 

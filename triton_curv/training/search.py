@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from triton_curv.operators.errors import NonFiniteError
 from triton_curv.scenarios import Data, Scenario
 from triton_curv.training.trainer import Trainer
 
@@ -96,7 +97,11 @@ def train_run(
 
     finite = evaluate()
     while finite and trainer.step_count < steps:
-        trainer.step(trainer.draw())
+        try:
+            trainer.step(trainer.draw())
+        except NonFiniteError:  # the optimizer refused to go on from a loss that is not finite
+            points.append(Point(trainer.step_count, math.nan, math.nan))
+            break
         on_step()
         if trainer.step_count % scenario.evaluate_every == 0 or trainer.step_count == steps:
             finite = evaluate()

@@ -12,12 +12,10 @@ from torch import Tensor
 from triton_curv.scenarios import Data, Scenario
 from triton_curv.training.batches import BatchOrder
 from triton_curv.training.errors import SettingError
-from triton_curv.training.optimizers import get_optimizer
+from triton_curv.training.optimizers import CLOSURES, get_optimizer
 
 EVALUATION_ROWS = 256
 """Rows of one forward pass of an evaluation: larger activations leave the cache of a CPU core."""
-LOSS_ROWS = 2000
-"""At most so many training rows, a fixed choice, give the evaluated training loss."""
 
 
 @runtime_checkable
@@ -80,11 +78,12 @@ class Trainer:
         self.step_count = 0
         torch.manual_seed(seed)
         self.model = scenario.model().to(device=device, dtype=dtype)
-        self.optimizer = build(self.model, lr, steps)
+        self.optimizer: Any = build(self.model, lr, steps, **scenario.options.get(optimizer, {}))
+        self._closure = CLOSURES.get(optimizer)
         self.data = _moved(data, device, dtype)
         rows = len(data.train_x)
-        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:LOSS_ROWS].sort().values
-        self._loss_rows = None if rows <= LOSS_ROWS else chosen.to(self.data.train_x.device)
+        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: scenario.loss_rows].sort().values
+        self._loss_rows = None if rows <= scenario.loss_rows else chosen.to(self.data.train_x.device)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next batch."""
@@ -92,25 +91,43 @@ class Trainer:
         return self.data.train_x[rows], self.data.train_y[rows]
 
     def step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Forward, backward, ``optimizer.step()``, ``zero_grad()``; returns the batch loss, detached."""
+        """Forward, backward, ``optimizer.step()``, ``zero_grad()``; returns the batch loss, detached.
+
+        An optimizer that differentiates twice gets a closure instead and makes all passes itself.
+        """
         x, y = batch
-        loss = self.scenario.loss(self.model(x), y)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+        def loss_and_output() -> tuple[Tensor, Tensor]:
+            output = self.model(x)
+            return self.scenario.objective(self.model, output, y), output
+
+        if self._closure is None:
+            loss, _ = loss_and_output()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            whole = self._closure == "loss and output"
+            loss = self.optimizer.step(loss_and_output if whole else lambda: loss_and_output()[0])
         self.step_count += 1
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Evaluated training loss and validation metric at the true weights; training goes on unchanged."""
+        """Evaluated training loss and validation metric at the true weights; training goes on unchanged.
+
+        A model that draws random numbers draws the same ones in every evaluation.
+        """
         data, rows = self.data, self._loss_rows
         x, y = (data.train_x, data.train_y) if rows is None else (data.train_x[rows], data.train_y[rows])
         self.model.eval()
         if isinstance(self.optimizer, DisplacedOptimizer):
             self.optimizer.eval()
-        loss = self.scenario.loss(self._outputs(x), y)
-        metric = self.scenario.metric.measure(self._outputs(data.val_x), data.val_y, data.target_scale)
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            loss = self.scenario.objective(self.model, self._outputs(x), y)
+            metric = self.scenario.metric.measure(self._outputs(data.val_x), data.val_y, data.target_scale)
         if isinstance(self.optimizer, DisplacedOptimizer):
             self.optimizer.train()
         self.model.train()
