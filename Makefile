@@ -46,7 +46,8 @@ type: setup ## check types
 	$(BIN)/mypy
 
 bench: setup ## measure, and write tidy tables into profiles/results
-	for file in profiles/bench_*.py; do $(BIN)/python -m profiles.$$(basename $$file .py) || exit 1; done
+	@# exit status 3: needs a GPU, and says so
+	for file in profiles/bench_*.py; do $(BIN)/python -m profiles.$$(basename $$file .py) || [ $$? = 3 ] || exit 1; done
 
 clean: ## remove everything that these targets made
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """All that needs a GPU, in one call that ends in time: tests, tuning, kernel and step benchmarks, one summary.
 
-python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]     parts: tests, kernels, tune, steps
+python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]     parts: tests, kernels, tune, resnet50, steps
 
 Each part runs in a process of its own, with its share of the time; what a part left undone is said. DIR gets a log and
 the CSV of each part and summary.txt. Exit status: 0 if all is well, 1 if something failed, 3 without a GPU.
@@ -51,6 +51,7 @@ PARTS = (
             *("-m", "triton_curv", "tune", "--budget", f"{seconds - 20:.0f}", "--export", out / "tuned.json"),
         ),
     ),
+    Part("resnet50", 0.5, lambda out, seconds: _python("-m", "profiles.bench_resnet50", "--csv", out / "resnet50.csv")),
     Part(
         "steps",
         1.0,

@@ -89,3 +89,33 @@ def compare(
     from triton_curv.cli.compare import run_compare
 
     run_compare(scenario, optimizers, rates, seeds, steps, out)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def profile(
+    context: typer.Context,
+    target: Annotated[
+        str | None, typer.Argument(metavar="SCENARIO|SCRIPT.py", show_default=False, help="What to profile.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Of a scenario: see `triton-curv train`.")] = "kfac",
+    steps: Annotated[int, typer.Option(help="Of a scenario: steps to profile after a warm-up.")] = 40,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    nsys: Annotated[
+        Path | None, typer.Option(metavar="FILE.sqlite", help="Read an Nsight Systems export instead.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for stages.png and stages.csv.")] = Path("runs/profile"),
+) -> None:
+    """Show where the time of a training step goes: by stage, with FLOPs, bytes and percent of this machine's roof."""
+    from triton_curv.cli.profile import run_profile
+
+    run_profile(target, context.args, optimizer, steps, device, nsys, out)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print versions, device, the implementation each op takes, what works here and what to do if it does not."""
+    from triton_curv.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json))
