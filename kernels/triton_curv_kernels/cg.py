@@ -37,12 +37,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CONFIGS,
     ListConfig,
     check_shapes,
     default_config,
+    default_for,
     dense_views,
     is_traced,
     pointer_table,
@@ -265,10 +267,6 @@ def _check(op: str, *lists: Sequence[Tensor]) -> None:
     check_shapes(*lists)
 
 
-def _config(lists: Sequence[Sequence[Tensor]], config: ListConfig | None) -> ListConfig:
-    return config or default_config(sum(t.numel() for t in lists[0]), device_limits(lists[0][0].device))
-
-
 def _each(lists: Sequence[Sequence[Tensor]], block: int) -> Iterator[tuple[list[Tensor], list[Tensor], int, int]]:
     """Without a table: views and dense versions of the tensors at each place, programs, and those before them."""
     first = 0
@@ -310,7 +308,7 @@ def launch_cg_update(
         check()
         square.zero_()
         return
-    config = _config(lists, config)
+    config = config or choose("cg_update_", ListProblem.of(lists[0]), default_for)
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
     kernel = wrap_triton(_cg_update_kernel)
     if is_traced(*lists):
@@ -342,7 +340,7 @@ def launch_cg_direction(
     check = partial(_check, "cg_direction_", *lists)
     if all(t.numel() == 0 for t in direction):
         return check()
-    config = _config(lists, config)
+    config = config or choose("cg_direction_", ListProblem.of(lists[0]), default_for)
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
     kernel = wrap_triton(_cg_direction_kernel)
     if is_traced(*lists):
@@ -369,7 +367,7 @@ def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig 
     if all(t.numel() == 0 for t in a):
         check()
         return torch.zeros(2, dtype=torch.float32, device=device)
-    config = _config(lists, config)
+    config = config or default_for(ListProblem.of(lists[0]))
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
     kernel = wrap_triton(_cg_dots_kernel)
     dots = torch.empty(2, dtype=torch.float32, device=device)
@@ -405,6 +403,7 @@ def _cg_update_op(
     step: Tensor,
     square: Tensor,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> None:
     lists = (solution, residual, direction, product)
     if use_reference(square) or not supports(*lists):
@@ -415,7 +414,11 @@ def _cg_update_op(
 
 @triton_op("triton_curv::cg_direction_", mutates_args={"direction"})
 def _cg_direction_op(
-    direction: list[Tensor], residual: list[Tensor], beta: Tensor, config: list[int] | None = None
+    direction: list[Tensor],
+    residual: list[Tensor],
+    beta: Tensor,
+    config: list[int] | None = None,
+    tables: str = "",
 ) -> None:
     if use_reference(beta) or not supports(direction, residual):
         cg_direction_reference(direction, residual, beta)
@@ -458,7 +461,7 @@ def cg_update_(
         cg_update_reference(solution, residual, direction, product, step, square, host_scalars=real_on_host)
         return
     ints = None if config is None else config.to_ints()
-    torch.ops.triton_curv.cg_update_(solution, residual, direction, product, step, square, ints)
+    torch.ops.triton_curv.cg_update_(solution, residual, direction, product, step, square, ints, tables_key())
 
 
 def cg_direction_(
@@ -485,7 +488,7 @@ def cg_direction_(
         cg_direction_reference(direction, residual, beta)
         return
     ints = None if config is None else config.to_ints()
-    torch.ops.triton_curv.cg_direction_(direction, residual, beta, ints)
+    torch.ops.triton_curv.cg_direction_(direction, residual, beta, ints, tables_key())
 
 
 def cg_dots(a: list[Tensor], b: list[Tensor], config: ListConfig | None = None) -> tuple[Tensor, Tensor]:

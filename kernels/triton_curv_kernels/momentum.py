@@ -33,13 +33,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CODES,
     CONFIGS,
     ListConfig,
     check_shapes,
     default_config,
+    default_for,
     is_traced,
     merged_axes,
     pieces,
@@ -362,7 +364,7 @@ def launch_momentum_update_(
     numel = sum(p.numel() for p in params)
     if numel == 0:
         return check()
-    config = config or default_config(numel, device_limits(params[0].device))
+    config = config or choose("momentum_update_", ListProblem.of(params), default_for)
     lengths = list(rescale) if rescale is not None and any(length > 0 for length in rescale) else None
     if is_traced(*lists, scales):
         check()
@@ -494,6 +496,7 @@ def _momentum_update_op(
     coupled: bool = False,
     rescale: list[float] | None = None,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> None:
     lists = (params, momentum_buffers, updates, scales, hyper)
     if use_reference(hyper) or not supports(params, momentum_buffers, updates):
@@ -537,4 +540,5 @@ def momentum_update_(
     else:
         lengths = None if rescale is None else list(rescale)
         ints = None if config is None else config.to_ints()
-        torch.ops.triton_curv.momentum_update_(params, momentum_buffers, updates, scales, hyper, coupled, lengths, ints)
+        lists = (params, momentum_buffers, updates, scales)
+        torch.ops.triton_curv.momentum_update_(*lists, hyper, coupled, lengths, ints, tables_key())

@@ -32,13 +32,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CODES,
     CONFIGS,
     ListConfig,
     check_shapes,
     default_config,
+    default_for,
     dense_views,
     is_traced,
     pointer_table,
@@ -276,7 +278,7 @@ def launch_neumann_update_(
         check()
         distance.zero_()
         return
-    config = config or default_config(numel, device_limits(distance.device))
+    config = config or choose("neumann_update_", ListProblem.of(params), default_for)
     if is_traced(*lists):
         check()
         partials = _launch_each(*lists, distance, hyper, config)
@@ -358,6 +360,7 @@ def _neumann_update_op(
     distance: Tensor,
     hyper: Tensor,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> None:
     lists = (params, momentum_buffers, exp_avgs, grads)
     if use_reference(distance) or not supports(*lists):
@@ -399,4 +402,5 @@ def neumann_update_(
         neumann_update_reference(params, momentum_buffers, exp_avgs, grads, distance, hyper, host_scalars=real_on_host)
     else:
         ints = None if config is None else config.to_ints()
-        torch.ops.triton_curv.neumann_update_(params, momentum_buffers, exp_avgs, grads, distance, hyper, ints)
+        lists = (params, momentum_buffers, exp_avgs, grads)
+        torch.ops.triton_curv.neumann_update_(*lists, distance, hyper, ints, tables_key())

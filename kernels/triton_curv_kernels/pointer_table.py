@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, UnsupportedInputError
+from triton_curv_kernels.choice import ListProblem
 
 CACHE_SIZE = 64
 HEADER = 8
@@ -149,6 +150,11 @@ def default_config(numel: int, limits: DeviceLimits = NO_DEVICE) -> ListConfig:
     longest = numel // (8 * limits.multiprocessors)
     warps = 8 if longest >= 64 * lanes else 4 if longest >= 32 * lanes else 2
     return ListConfig(8 * lanes * warps, warps)
+
+
+def default_for(problem: ListProblem) -> ListConfig:
+    """`default_config` of a problem as `choose` describes it."""
+    return default_config(problem.numel, problem.limits)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_curv_kernels as kernels
-from triton_curv.blocks import rule_for
+from triton_curv.blocks import LayerOptions, rule_for
 from triton_curv.errors import ConfigurationError
 from triton_curv.scenarios import get_scenario
 from triton_curv_autotune.errors import AutotuneError
@@ -143,8 +143,8 @@ def from_module(model: nn.Module, shape: Sequence[int], dtype: str, limits: Devi
 
 
 def _call_factor_ops(layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
-    rule = rule_for(layer, dict(layer.named_parameters(recurse=False)), "full")
-    if rule is not None:
+    rule = rule_for(layer, dict(layer.named_parameters(recurse=False)), LayerOptions(norm_fisher="full"))
+    if not isinstance(rule, str):
         shapes = rule.factor_shapes.items()
         sums = {name: torch.empty(s.batch, s.size, s.size, device="meta") for name, s in shapes}
         rule.accumulate_(sums, inputs, torch.empty_like(output), layer.training)

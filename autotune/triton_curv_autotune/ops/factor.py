@@ -8,7 +8,7 @@ from torch import Tensor
 
 from triton_curv_autotune.registry import Inputs, Op, power_of_two, register, width_bucket
 from triton_curv_kernels import factor as kernel
-from triton_curv_kernels import factor_config
+from triton_curv_kernels import factor_config, factor_tiles, packed
 from triton_curv_kernels.factor import FactorConfig, FactorProblem
 
 
@@ -67,8 +67,8 @@ ACCUMULATE_FACTOR = register(
         prune=kernel.prune,
         default=kernel.default_config,
         bucket=bucket,
-        numerics=("SPLIT_K", "BLOCK_K", "input_precision"),
-        modules=(kernel, factor_config),
+        numerics=factor_config.NUMERICS,
+        modules=(kernel, factor_config, factor_tiles, packed),
         make_inputs=make_inputs,
         launch=launch,
         reference=reference,

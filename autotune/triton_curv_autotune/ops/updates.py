@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_curv_autotune.registry import Inputs, Op, power_of_two, register
-from triton_curv_kernels import cg, momentum, neumann
+from triton_curv_kernels import cg, momentum, neumann, pointer_table, pointer_table_device
 from triton_curv_kernels.choice import ListProblem
-
-C = TypeVar("C")
+from triton_curv_kernels.pointer_table import CONFIGS, ListConfig, default_for
+from triton_curv_kernels.pointer_table import prune as prune_lists
 
 
 def bucket(problem: ListProblem) -> ListProblem:
@@ -62,44 +62,39 @@ def _results(call: Callable[..., None], changed: Sequence[int]) -> Callable[...,
 
 
 def describe(inputs: Inputs) -> list[ListProblem]:
-    """One problem a tensor, since each is a launch."""
-    return [ListProblem.of([tensor]) for tensor in inputs[0] if tensor.numel() > 0]
+    """One problem, since the whole list is one launch; none for a list without elements."""
+    tensors = inputs[0]
+    return [ListProblem.of(tensors)] if sum(t.numel() for t in tensors) else []
 
 
 EXAMPLES = tuple(ListProblem(1 << exponent, torch.float32) for exponent in (12, 16, 20, 24))
 
 
-def _of_numel(choose: Callable[[int], C]) -> Callable[[ListProblem], C]:
-    return lambda problem: choose(problem.numel)
+def prune(space: Sequence[ListConfig], problem: ListProblem) -> list[ListConfig]:
+    """Configurations that fit the list's size and the device."""
+    return prune_lists(space, problem.numel, problem.limits)
 
 
 def _declare(
     name: str,
     module: ModuleType,
-    config: type[C],
-    configs: Sequence[C],
-    default: Callable[[int], C],
     numerics: tuple[str, ...],
     make_inputs: Callable[[ListProblem, torch.device], Inputs],
     launch: Callable[..., None],
     reference: Callable[..., None],
     changed: Sequence[int],
-) -> Op[ListProblem, C]:
-    def prune(space: Sequence[C], problem: ListProblem) -> list[C]:
-        fitting: list[C] = module.prune(space, problem.numel)
-        return fitting
-
+) -> Op[ListProblem, ListConfig]:
     return register(
         Op(
             name=name,
             problem=ListProblem,
-            config=config,
-            configs=configs,
+            config=ListConfig,
+            configs=CONFIGS,
             prune=prune,
-            default=_of_numel(default),
+            default=default_for,
             bucket=bucket,
             numerics=numerics,
-            modules=(module,),
+            modules=(module, pointer_table, pointer_table_device),
             make_inputs=make_inputs,
             launch=_results(launch, changed),
             reference=_results(reference, changed),
@@ -112,10 +107,7 @@ def _declare(
 MOMENTUM_UPDATE = _declare(
     "momentum_update_",
     momentum,
-    momentum.MomentumConfig,
-    momentum.CONFIGS,
-    momentum.default_config,
-    (),
+    momentum.NUMERICS,
     momentum_inputs,
     momentum.launch_momentum_update_,
     momentum.momentum_update_reference,
@@ -124,10 +116,7 @@ MOMENTUM_UPDATE = _declare(
 NEUMANN_UPDATE = _declare(
     "neumann_update_",
     neumann,
-    neumann.NeumannConfig,
-    neumann.CONFIGS,
-    lambda numel: neumann.NeumannConfig(),
-    ("BLOCK", "num_warps"),  # the distance is summed in an order that follows from them
+    neumann.NUMERICS,
     neumann_inputs,
     neumann.launch_neumann_update_,
     neumann.neumann_update_reference,
@@ -136,10 +125,7 @@ NEUMANN_UPDATE = _declare(
 CG_UPDATE = _declare(
     "cg_update_",
     cg,
-    cg.CGConfig,
-    cg.CONFIGS,
-    lambda numel: cg.DEFAULT_CONFIG,
-    ("block", "num_warps"),  # as above, the residual's square
+    cg.NUMERICS,
     cg_update_inputs,
     cg.launch_cg_update,
     cg.cg_update_reference,
@@ -148,9 +134,6 @@ CG_UPDATE = _declare(
 CG_DIRECTION = _declare(
     "cg_direction_",
     cg,
-    cg.CGConfig,
-    cg.CONFIGS,
-    lambda numel: cg.DEFAULT_CONFIG,
     (),
     cg_direction_inputs,
     cg.launch_cg_direction,
