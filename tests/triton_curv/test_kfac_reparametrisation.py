@@ -49,11 +49,9 @@ def twin_layer(layer: Layer) -> nn.Sequential:
     weight = layer.weight.detach()
     flat = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
     moved = torch.einsum("ab,bck,cd->adk", outwards.M, flat, back.M)
-    bias = layer.bias.detach() + torch.einsum("ock,c->o", flat, back.v)  # what the shift of the inputs adds
-    twin = nn.Linear(*weight.shape[::-1]) if isinstance(layer, nn.Linear) else nn.Conv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
-    )
-    twin.double()
+    twin = copy.deepcopy(layer)
+    assert twin.bias is not None
+    bias = twin.bias.detach() + torch.einsum("ock,c->o", flat, back.v)  # what the shift of the inputs adds
     with torch.no_grad():
         twin.weight.copy_(moved.reshape(weight.shape))
         twin.bias.copy_(outwards.M @ bias + outwards.v)
@@ -68,7 +66,10 @@ def conv_net() -> list[nn.Module]:
     return [nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 2, (1, 2), stride=(1, 2)), nn.Flatten()]
 
 
-CASES: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {"mlp": (mlp, (4,)), "conv": (conv_net, (2, 3, 5))}
+CASES: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
+    "mlp": (mlp, (4,)),
+    "conv": (conv_net, (2, 3, 5)),
+}
 
 
 def moved(layers: list[nn.Module], x: Tensor, y: Tensor, step: Callable[[nn.Module], Any]) -> tuple[Tensor, Tensor]:
@@ -106,4 +107,3 @@ def test_undamped_steps_do_not_see_affine_maps_between_layers(
         change, difference = float((ends[0] - starts[0]).norm()), float((ends[1] - ends[0]).norm())
         assert change > 1e-2
         assert (difference < 1e-3 * change) == same, difference / change
-
