@@ -30,7 +30,8 @@ class Affine(nn.Module):
         self.v = torch.randn(width, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (torch.tensordot(x.movedim(1, -1), self.M.T, dims=1) + self.v).movedim(-1, 1)
+        moved: Tensor = torch.tensordot(x.movedim(1, -1), self.M.T, dims=1) + self.v
+        return moved.movedim(-1, 1)
 
 
 class Undone(Affine):
