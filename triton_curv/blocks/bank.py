@@ -119,10 +119,9 @@ class FactorStore:
                 owner += [key.block] * batch
                 is_input += [key.name[0] == "A"] * batch
                 key_of_row += [self.keys.index(key)] * batch
-            held_rows = [
-                [0, *(s.stop for s, k in zip(slices, keys, strict=True) if self._held_last(k) <= i)][-1] for i in (0, 1)
-            ]
-            bank = Bank(size, slice(start, len(owner)), *held_rows, turned, dtype, device)
+            places = [(self._held_last(key), place.stop) for key, place in zip(keys, slices, strict=True)]
+            owned, served = (max((stop for held, stop in places if held <= most), default=0) for most in (0, 1))
+            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device)
             self.banks.append(bank)
             self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
             orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
@@ -359,7 +358,9 @@ class FactorStore:
         rows: list[Tensor] = []
         for bank in self.banks:
             assert bank.recent is not None
-            off = bank.averages.new_full((packed_size(bank.size),), 2.0)  # an element beside the diagonal stands for two
+            off = bank.averages.new_full(
+                (packed_size(bank.size),), 2.0
+            )  # an element beside the diagonal stands for two
             off[bank.diagonal] = 1.0
             past = [(((bank.averages - old).square() @ off), old.square() @ off) for old in bank.recent]
             own = torch.stack([torch.stack(pair) for pair in past])  # (age, difference or norm, batch)
