@@ -57,9 +57,12 @@ def test_wrong_results_are_seen(name: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", [FACTOR, "momentum_update_", "cg_direction_"])
+@pytest.mark.parametrize("name", [FACTOR, "cg_direction_"])
 def test_configs_of_one_numerics_class_agree_bit_for_bit(name: str) -> None:
-    """Tiles, warps and stages may differ. For the factor, another BLOCK_K or SPLIT_K shows: the test can fail."""
+    """Tiles, warps and stages may differ. For the factor, another BLOCK_K or SPLIT_K shows: the test can fail.
+
+    The other updates add up norms: their whole configuration is pinned.
+    """
     op, problem = get_op(name), small_problem(name)
     pinned = op.pinned(problem)
     same = [c for c in op.candidates(problem) if op.same_numerics(c, pinned)]
