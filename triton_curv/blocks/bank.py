@@ -43,7 +43,7 @@ class Normalisation(NamedTuple):
     """How pending sums become statistics: the moving average's decay, and the scale and reduction of the signal."""
 
     decay: float
-    signal_scale: float
+    signal_scale: float | Tensor
     summed: bool
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from triton_curv.blocks.operator import solve
 from triton_curv.hostcheck import known_true
 from triton_curv.optimizers.exchange import Exchange
-from triton_curv.optimizers.hyper import OF_UPDATE, SLOT
+from triton_curv.optimizers.fallback import FALLBACKS, Loose
+from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, Rescale
 from triton_curv.optimizers.matrices import Lists
 from triton_curv_kernels import momentum_update_
@@ -23,28 +24,26 @@ class Work(NamedTuple):
     lists: Lists
     grads: list[Tensor]
     hyper: Tensor
-    maximize: bool
 
 
 def apply_(
     work: Sequence[Work],
-    loose: list[Tensor],
+    loose: Sequence[Loose],
     samples: Tensor,
     skipped: Tensor,
     options: KFACOptions,
     exchange: Exchange,
 ) -> Tensor:
-    """P = G^-1 D A^-1 for every block, its size, momentum, decay, update.
+    """P = G^-1 D A^-1 for every block, its size, momentum, decay, update; `fallback` for parameters without a block.
 
-    Where a gradient, also of the `loose` parameters without a block, is not finite, nothing changes but the count
-    `skipped`. Returns whether all are finite, ().
+    Where a gradient is not finite nothing changes but the count `skipped`. Returns whether all are finite, ().
     """
     for each in work:
         applied = exchange.applied(each.lists.block_indices)
         precondition(each, samples, options, applied)
     exchange.updates_([each.lists.flat_updates for each in work])
     norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
-    of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
+    of_loose = [torch.stack(torch._foreach_norm(each.grads)) for each in loose]
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
@@ -55,17 +54,21 @@ def apply_(
             lists.flat_updates.masked_fill_(~finite, 0.0)
             scale = torch.where(finite, scale, 0.0)
             hyper = torch.where(finite, hyper, lists.idle)
-        of_row = (-scale if each.maximize else scale).unbind()
+        of_row = (scale * each.hyper[SLOT["sign"]]).unbind()
         of_param = [of_row[row] for row in lists.row_of_param]
         momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
     if options.rescale != "none":
         rescale_([p for each in work for p in each.lists.params if p.dim() > 1], options.rescale, finite)
+    for group in loose:
+        FALLBACKS[options.fallback].update(group, finite)
     return finite
 
 
 def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
     """From gradients to the steps of all blocks of a group, of whatever size they come out."""
     lists = work.lists
+    if lists.unused:
+        torch._foreach_zero_(lists.unused)
     torch._foreach_copy_(lists.grads, work.grads)
     if options.reduction == "sum":
         torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])

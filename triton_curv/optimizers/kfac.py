@@ -1,6 +1,6 @@
 """K-FAC: natural gradient with Kronecker-factored curvature (arXiv 1811.12019, 2002.06015)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,13 +17,15 @@ from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
-from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
+from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
-from triton_curv.optimizers.hyper import SLOT, HyperParameters
+from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.matrices import MatrixGroup
+from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
+from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register
 from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
 
@@ -87,6 +89,8 @@ class KFAC(Optimizer):
         loss_scale: a constant the loss was multiplied with before backward(); gradients still carry it.
         grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
         maximize: ascend instead of descend.
+        compile: True, or arguments for `torch.compile`: each region of the step becomes a graph when it first
+            runs. `torch.compile(opt.step)` does the same to the whole step.
 
     Raises:
         ConfigurationError: an argument out of range, or a model without any layer that has a block.
@@ -127,6 +131,7 @@ class KFAC(Optimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         self.options = KFACOptions(
             fisher=fisher,
@@ -150,6 +155,8 @@ class KFAC(Optimizer):
         self._model = model
         self._scaler = grad_scaler
         self._exchange: Exchange = Alone()
+        self._number, self._plan = register(self), Plan()
+        self._regions = Regions({} if compile is True else compile or None)
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -190,14 +197,14 @@ class KFAC(Optimizer):
 
         ordered = {name: rules[name] for group in blocks_of for name in group}
         clock = self.param_groups[0]
-        self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block, self._exchange)
+        groups = [i for i, names in enumerate(blocks_of) for _ in names]
+        self._curvature = Curvature(
+            model, ordered, options, self._scaler, clock, self._current_rows, groups, self._exchange, self._regions
+        )
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         like = self._store.samples
         self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
-        self._hyper = HyperParameters(len(self._matrices), like.dtype, like.device)
-        self._group_of_block = torch.tensor(
-            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=like.device
-        )
+        self._hyper = HyperParameters(len(self.param_groups), like.dtype, like.device)
         self._init_state()
         self._ready = True
 
@@ -227,10 +234,13 @@ class KFAC(Optimizer):
                     first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
                 first.update(of_model)
                 of_model = {}
-        for group in self.param_groups:
-            if group["kind"] == "fallback":
-                for p in group["params"]:
-                    self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
+        self._loose = [self._loose_group(g) for g in self.param_groups if g["kind"] == "fallback"]
+
+    def _loose_group(self, group: Mapping[str, Any]) -> LooseGroup:
+        rule = FALLBACKS[self.options.fallback]
+        states = [rule.init_state(p) for p in group["params"]]
+        self.state.update(zip(group["params"], states, strict=True))
+        return LooseGroup(list(group["params"]), states)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later have no block; `fallback` trains them, and `explain()` says so."""
@@ -241,10 +251,11 @@ class KFAC(Optimizer):
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
             check_hyper_parameters(group)
+            self._loose.append(self._loose_group(group))
             for p in group["params"]:
-                self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
                 self._names[p] = f"added parameter {len(self._names)}"
                 self._reasons[p] = "added by add_param_group"
+            self._hyper = HyperParameters(len(self.param_groups), self._store.samples.dtype, self._store.samples.device)
 
     # ---- curvature
 
@@ -297,18 +308,19 @@ class KFAC(Optimizer):
         """
         self._curvature.sample_fisher(output, loss, mask=mask, dim=dim)
 
-    def _per_block(self, key: str) -> Tensor:
-        """A hyper-parameter as one number for each block."""
-        self._write_hyper_parameters()
-        return self._hyper.rows[:, SLOT[key]][self._group_of_block]
-
-    def _write_hyper_parameters(self) -> None:
-        self._hyper.write_(self.param_groups[: len(self._matrices)], self._steps, self.options)
+    def _current_rows(self, rows: Tensor | None = None) -> Tensor:
+        """The rows of hyper-parameters, brought up to date."""
+        rows = self._hyper.rows if rows is None else rows
+        steps, options = self._steps, self.options
+        of_model = OfModel(options.damping_rule.factor(steps), self._curvature.signal_scale)
+        self._hyper.write_(rows, [values_of(group, steps, options, of_model) for group in self.param_groups])
+        return rows
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
         self._curvature.refresh()
+        self._plan = self._curvature.plan(self._steps)
 
     # ---- the step
 
@@ -326,6 +338,9 @@ class KFAC(Optimizer):
                 called twice, at the steps where the damping rule measures what the last step achieved.
 
         """
+        if torch.compiler.is_compiling():
+            self._traced_step(closure, evaluate)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -337,7 +352,9 @@ class KFAC(Optimizer):
         if curvature.any_seen:
             curvature.renew_inverses(steps)
         before = self._before(steps, evaluate)
-        self._apply(steps)
+        finite = self._apply(self._current_rows())
+        if not known_true(finite):
+            curvature.monitor.watch()
         if before is not None:
             self._judge(before, cast("Evaluate", evaluate), steps)
         self._set_steps(steps + 1)
@@ -350,32 +367,51 @@ class KFAC(Optimizer):
             group["step"] = steps
         self._switch.mask = None
         self.capture(self._curvature.wanted(steps))
+        self._plan = self._curvature.plan(steps)
 
-    def _apply(self, steps: int) -> None:
-        """Region 3, and the parameters without a block."""
-        self._write_hyper_parameters()
-        rows = zip(self.param_groups, self._matrices, self._hyper.of_group, strict=False)
-        work = [
-            Work(lists, [cast("Tensor", p.grad) for p in lists.params], hyper, group["maximize"])
-            for group, matrices, hyper in rows
-            if (lists := matrices.active()).params
-        ]
-        loose = [cast("Tensor", p.grad) for _, params in self._loose() for p in params]
-        curvature = self._curvature
-        finite = apply_(work, loose, self._store.samples, curvature.events[0], self.options, self._exchange)
-        healthy = known_true(finite)
-        if not healthy:
-            curvature.monitor.watch()
-        for group, params in self._loose():
-            if params:
-                rule = FALLBACKS[self.options.fallback]
-                rule.update(params, self.state, group, None if healthy else finite)
+    def _traced_step(self, closure: object, evaluate: object) -> None:
+        """The step as a part of a graph: the regions of its plan; the host's share of it when the graph runs."""
+        options, curvature, plan = self.options, self._curvature, self._plan
+        if closure is not None or evaluate is not None or options.damping_rule.interval or options.adaptive is not None:
+            raise ConfigurationError(
+                "expected no closure, no AdaptiveInterval and no damping rule that measures in a compiled step, which "
+                "looks at no values: compile the regions instead, KFAC(..., compile=True)"
+            )
+        store, rows = self._store, self._hyper.rows
+        if plan.fold and options.fisher != "empirical":
+            store.unstash()
+        begin_step_(rows, store.counts, self._number, curvature.with_gradients() if plan.fold else [])
+        if plan.fold:
+            fold_(store, curvature.moving, curvature.normalisation(rows), None, self._exchange)
+        part = int(plan.part)
+        if part != IDLE:
+            lambdas = curvature.lambdas(rows) if part in (ALL, 0) else None
+            refresh_(store, curvature.turned, curvature.keys_of(part), lambdas, self._exchange)
+        self._apply(rows)
 
-    def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
-        """Parameter groups without blocks, and those of their parameters that have gradients."""
-        for group in self.param_groups:
-            if group["kind"] == "fallback":
-                yield group, [p for p in group["params"] if p.grad is not None]
+    def begin_step(self, rows: Tensor, counts: Tensor, with_gradients: Sequence[int]) -> None:
+        """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
+        steps = self._steps
+        self._curvature.monitor.watch()
+        self._curvature.note(self._plan, steps, counts, with_gradients)
+        self._current_rows(rows)
+        self._set_steps(steps + 1)
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        """Region 3; returns whether gradients are finite, ()."""
+        work, loose, of_group = [], [], rows.unbind()
+        for matrices, hyper in zip(self._matrices, of_group, strict=False):
+            lists = matrices.active()
+            if lists.params:
+                work.append(Work(lists, [cast("Tensor", p.grad) for p in lists.params], hyper))
+        for group, hyper in zip(self._loose, of_group[len(self._matrices) :], strict=True):
+            active = group.active(hyper)
+            if active.params:
+                loose.append(active)
+        region = apply_ if torch.compiler.is_compiling() else self._regions.apply
+        skipped = self._curvature.events[0]
+        finite: Tensor = region(work, loose, self._store.samples, skipped, self.options, self._exchange)
+        return finite
 
     # ---- was it a good step?
 

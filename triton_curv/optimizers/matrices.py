@@ -40,6 +40,7 @@ class Lists(NamedTuple):
     momenta: list[Tensor]
     row_grads: list[Tensor]
     row_updates: list[Tensor]
+    unused: list[Tensor]  # matrices of the other blocks, which must not enter sums over the whole buffers
     flat_grads: Tensor
     flat_updates: Tensor
     root_sizes: Tensor
@@ -63,27 +64,31 @@ class MatrixGroup:
             parts = tuple(Part(param, *(view[name] for view in views)) for name, param in block.rule.params.items())
             self.rows.append(Row(block, matrices[0], matrices[1], parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
-        self._cache: tuple[tuple[bool, ...], Lists] | None = None
+        sizes_of_rows = torch.tensor([float(size) for size in sizes], dtype=dtype, device=device)
+        self.root_sizes = sizes_of_rows.sqrt()
+        self._cache: dict[tuple[bool, ...], Lists] = {}
 
     def active(self) -> Lists:
         """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
         present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
-        if self._cache is None or self._cache[0] != present:
-            rows = [row for row in self.rows if any(part.param.grad is not None for part in row.parts)]
-            for row in rows:
-                if any(part.param.grad is None for part in row.parts):
-                    raise NoStatisticsError(
-                        f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
-                        "got one for some of them only"
-                    )
-            for buffer in (self.grads, self.updates):
-                buffer.zero_()  # what an idle block left there must not enter a sum over the whole buffer
-            self._cache = (present, self._lists(rows))
-        return self._cache[1]
+        if torch.compiler.is_compiling():
+            return self._lists()
+        if present not in self._cache:
+            self._cache[present] = self._lists()
+        return self._cache[present]
 
-    def _lists(self, rows: list[Row]) -> Lists:
+    def _lists(self) -> Lists:
+        places = [i for i, row in enumerate(self.rows) if any(part.param.grad is not None for part in row.parts)]
+        rows = [self.rows[i] for i in places]
+        for row in rows:
+            if any(part.param.grad is None for part in row.parts):
+                raise NoStatisticsError(
+                    f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
+                    "got one for some of them only"
+                )
+        idle = [row for row in self.rows if all(part.param.grad is None for part in row.parts)]
         parts = [part for row in rows for part in row.parts]
-        sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
+        root_sizes = self.root_sizes.unbind()
         return Lists(
             operators=[row.block.operator for row in rows],
             params=[part.param for part in parts],
@@ -92,9 +97,10 @@ class MatrixGroup:
             momenta=[part.momentum for part in parts],
             row_grads=[row.grad for row in rows],
             row_updates=[row.update for row in rows],
+            unused=[matrix for row in idle for matrix in (row.grad, row.update)],
             flat_grads=self.grads,
             flat_updates=self.updates,
-            root_sizes=sizes.sqrt(),
+            root_sizes=torch.stack([root_sizes[i] for i in places]) if idle and rows else self.root_sizes,
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
             block_indices=[row.block.index for row in rows],
