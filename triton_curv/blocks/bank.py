@@ -271,9 +271,15 @@ class FactorStore:
         """A factor's moving average (batch, n, n) as it is once the pending sums are folded in."""
         bank, place = self._places[key]
         scale, weight = (v[self.rows(key), None, None] for v in self.pending(how))
-        sums = self._in_weight_order(bank.sums[place].clone(), [(slice(None), o) for p, o in bank.orders if p == place])
-        fresh = torch.where(weight > 0, sums * scale, 0.0)
+        fresh = torch.where(weight > 0, self.sums_in_weight_order(key) * scale, 0.0)
         return unpack(bank.averages[place], bank.size).lerp_(fresh, weight)
+
+    def sums_in_weight_order(self, key: FactorKey) -> Tensor:
+        """The pending sums of one factor, in the order of the layer's weights; a copy where that is another."""
+        bank, place = self._places[key]
+        orders = [(slice(None), order) for other, order in bank.orders if other == place]
+        sums = bank.sums[place]
+        return self._in_weight_order(sums.clone(), orders) if orders else sums
 
     @staticmethod
     def _in_weight_order(sums: Tensor, orders: Sequence[tuple[slice, Tensor]]) -> Tensor:
