@@ -143,7 +143,8 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest ||a - b|| / ||b|| (of ||b|| < 1, ||a - b||) of all tensors; the names must be the same."""
     assert set(found) == set(expected), set(found) ^ set(expected)
     errors = [
-        float((found[name].double() - e.double()).norm() / e.double().norm().clamp_min(1.0)) for name, e in expected.items()
+        float((found[name].double() - e.double()).norm() / e.double().norm().clamp_min(1.0))
+        for name, e in expected.items()
     ]
     return max(errors)
 

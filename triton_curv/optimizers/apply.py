@@ -75,9 +75,7 @@ def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: S
             solve(operator, grad, update)
 
 
-def scales(
-    work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, exchange: Exchange
-) -> list[Tensor]:
+def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, exchange: Exchange) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
         return [

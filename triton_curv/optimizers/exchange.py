@@ -117,11 +117,11 @@ class Alone:
         return [torch.dot(each.flat_updates, each.flat_grads) for each in lists]
 
     def total(self, number: Tensor) -> Tensor:
-        """This one."""
+        """That of one rank."""
         return number
 
     def mean(self, number: Tensor) -> Tensor:
-        """This one."""
+        """That of one rank."""
         return number
 
     def agreed(self, fine: Tensor) -> Tensor:

@@ -440,6 +440,8 @@ class KFAC(Optimizer):
         On several ranks, which hold parts of it, this is a collective: call it on all of them, then save on one.
         """
         state = super().state_dict()
+        if not self.__dict__.get("_ready", False):
+            return state  # a copy: torch copies an optimizer's state and groups, nothing else
         places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         rows = [row for matrices in self._matrices for row in matrices.rows]
         factors = {key: places[row.parts[0].param] for row in rows for key in row.block.keys.values()}

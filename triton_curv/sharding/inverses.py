@@ -18,9 +18,9 @@ def share_inverses_(store: FactorStore, plan: Plan, channels: Channels, keys: Se
     due = set(keys)
     by_row: list[list[FactorKey]] = [[] for _ in range(plan.grid.rows)]
     for layer in plan.layers_of(channels.place):
-        for factor, row in zip(plan.layers[layer].factors, plan.inverters[layer], strict=True):
+        for factor, place in zip(plan.layers[layer].factors, plan.inverters[layer], strict=True):
             if FactorKey(layer, factor.name) in due:
-                by_row[row].append(FactorKey(layer, factor.name))
+                by_row[place].append(FactorKey(layer, factor.name))
     mine = by_row[channels.column.rank]
     own = [part for key in mine for part in _parts(store, key)]
     sizes = [[size for key in row for size in _sizes(store, key)] for row in by_row]

@@ -16,13 +16,11 @@ class Entry(NamedTuple):
     """A tensor of the optimizer's state: the rank of the replica that has it, and where it stands."""
 
     owner: int
-    index: int
+    param: int
     name: str
 
 
-def entries_of(
-    state: Mapping[int, Mapping[str, Tensor]], factors: Sequence[tuple[int, int, str]]
-) -> list[Entry]:
+def entries_of(state: Mapping[int, Mapping[str, Tensor]], factors: Sequence[tuple[int, int, str]]) -> list[Entry]:
     """The entries of `factors`, (owner, number of the parameter that holds them, "A" or another name)."""
     return [
         Entry(owner, index, name + suffix)
@@ -40,11 +38,11 @@ def whole_state(
     by_owner: list[list[Entry]] = [[] for _ in range(channel.size)]
     for entry in entries:
         by_owner[entry.owner].append(entry)
-    own = [state[e.index][e.name].to(like.dtype) for e in by_owner[channel.rank]]
-    sizes = [[state[e.index][e.name].numel() for e in each] for each in by_owner]
+    own = [state[e.param][e.name].to(like.dtype) for e in by_owner[channel.rank]]
+    sizes = [[state[e.param][e.name].numel() for e in each] for each in by_owner]
     whole = {index: dict(values) for index, values in state.items()}
     for each, pieces in zip(by_owner, gather_pieces(exact, own, sizes, like), strict=True):
         for entry, piece in zip(each, pieces, strict=True):
-            old = state[entry.index][entry.name]
-            whole[entry.index][entry.name] = piece.to(old.dtype).view(old.shape)
+            old = state[entry.param][entry.name]
+            whole[entry.param][entry.name] = piece.to(old.dtype).view(old.shape)
     return whole

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def plan_for(rules: Mapping[str, Rule], found: Found, sharding: Sharding, option
     )
 
 
-def no_reduction(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def no_reduction(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
     """A communication hook for DDP that leaves every gradient as it is: the optimizer averages them."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
@@ -99,8 +100,8 @@ class Team:
         needs_all = self.plan.grid.rows > 1 or self.options.damping_rule.interval > 0
         if chosen == "reduce_scatter" and needs_all:
             raise ConfigurationError(
-                "expected gradients='all_reduce' or 'auto' where several ranks precondition a layer or the damping rule "
-                f"measures steps, got 'reduce_scatter' with {self.sharding} and {self.options.damping_rule}"
+                "expected gradients='all_reduce' or 'auto' where several ranks precondition a layer, or the damping "
+                f"rule measures steps, got 'reduce_scatter' with {self.sharding} and {self.options.damping_rule}"
             )
         if ddp is None:
             return chosen if chosen != "auto" else "all_reduce" if needs_all else "reduce_scatter"
@@ -249,7 +250,10 @@ class Team:
 
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """All ranks have the same model, options and weights, or all raise RankMismatchError."""
-        text = repr((self.plan.digest, self.options, self.sharding, [(n, p.shape) for n, p in zip(names, params)]))
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        plain = {name: value for name, value in options.items() if isinstance(value, str | int | float | None)}
+        shapes = [tuple(p.shape) for p in params]
+        text = repr((self.plan.digest, plain, self.sharding, list(names), shapes))
         digest = hashlib.sha256(text.encode()).hexdigest()
         weights = [p.detach() for p in params] if self.averages is not None and self.ddp is None else []
         require_equal(self.channels.everyone, self.store.samples.device, digest, weights)
