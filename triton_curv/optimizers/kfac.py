@@ -269,7 +269,7 @@ class KFAC(Optimizer):
                 until the next `count()` or `step()`. Linear, Embedding and attention layers use it; convolutions,
                 whose patches mix positions, don't.
 
-        On steps without statistics it does nothing.
+        On steps without statistics it does nothing. `zero_grad()` forgets it together with statistics that it drops.
 
         """
         self._curvature.count(units, mask)
@@ -410,6 +410,16 @@ class KFAC(Optimizer):
             before.restore_(worse)
             self._curvature.events[3].add_(worse.to(self._curvature.events.device))
             self._curvature.monitor.watch()
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """`torch.optim.Optimizer.zero_grad`; statistics of gradients that no step has used are dropped with them.
+
+        They are those of a step that a GradScaler or a check of yours left out, at another loss scale perhaps, or of
+        another network's loss that was sent back through this model. Statistics by `sample_fisher` stay.
+        """
+        self._curvature.drop()
+        super().zero_grad(set_to_none)
 
     # ---- state and reports
 
