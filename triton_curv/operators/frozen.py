@@ -119,7 +119,7 @@ class FrozenClosure:
             self._run(consume)
 
     def _run(self, consume: Consumer) -> None:
-        with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():  # type: ignore[no-untyped-call]  # torch's
+        with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():
             self._consume(consume)
 
     def _consume(self, consume: Consumer) -> None:

@@ -70,9 +70,9 @@ class MatrixGroup:
         pieces = zip(*(torch.split(buffer, sizes) for buffer in buffers), strict=True)
         for block, flat in zip(blocks, pieces, strict=True):
             matrices = [piece.view(block.rule.matrix_shape) for piece in flat]
-            views = [block.rule.views(matrix) for matrix in matrices]
+            grads, updates, momenta = (block.rule.views(matrix) for matrix in matrices)
             parts = tuple(
-                Part(param, *(view[name] for view in views), fan_out(block.rule, name))
+                Part(param, grads[name], updates[name], momenta[name], fan_out(block.rule, name))
                 for name, param in block.rule.params.items()
             )
             self.rows.append(Row(block, matrices[0], matrices[1], parts))
