@@ -54,7 +54,8 @@ class Curvature:
             for p in rule.params.values():
                 if p.device != device:
                     raise ConfigurationError(f"expected all layers on {device}, got '{name}' on {p.device}")
-        self.store = FactorStore([dict(rule.factor_shapes) for rule in rules.values()], dtype, device, options.inverse)
+        shapes = [dict(rule.factor_shapes) for rule in rules.values()]
+        self.store = FactorStore(shapes, dtype, device, options.inverse, exchange.held)
         if options.adaptive is not None:
             self.store.keep_recent()
         self.parts = refresh_parts(self.store, options.refresh_budget)
@@ -69,11 +70,13 @@ class Curvature:
                     block.moments = Moments(block.rule, block.inverses)
         self.moving = [block for block in self.blocks.values() if block.moments is not None]
         self.turned = [block for block in self.blocks.values() if block.gains is not None]
+        exchange.attach(self.store, self.switch)
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
         self.sampled = False  # whether `sample_fisher` has run since the last fold
         self.draws = 0  # calls of it in this step
+        self._ahead: Tensor | float = 0.0  # what `count` last said, if it was beside gradients
         self.events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
         self.monitor = HealthMonitor(self.events)
@@ -117,7 +120,19 @@ class Curvature:
             units = mask.sum()
         if units is not None and self.options.fisher == "empirical":  # sample_fisher counts its own
             self.store.add_units(units)
+            # beside gradients: for those of another micro-batch, or for what comes after `zero_grad()`
+            self._ahead = units if self.with_gradients() else 0.0
         self.switch.mask = mask
+
+    def drop(self) -> None:
+        """The gradients of the backward passes since the last step are dropped, and their statistics with them."""
+        if not self.switch.enabled or self.options.fisher != "empirical":  # sampled statistics are not of gradients
+            return
+        self.store.drop_(self._ahead)
+        self._ahead = 0.0
+        for block in self.moving:
+            assert block.moments is not None
+            block.moments.sums.zero_()
 
     def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
         """See `KFAC.sample_fisher`."""
@@ -145,17 +160,17 @@ class Curvature:
 
     def fold(self, steps: int) -> None:
         """Region 1: fold the statistics gathered since the last fold into the moving averages."""
-        store = self.store
+        store, how = self.store, self.normalisation(self._current_rows())
         if self.options.fisher != "empirical":
             self.check_sampled()
             store.unstash()
         if not self.all_seen:
-            self.check_taps(store.counts, self.with_gradients())
-        how = self.normalisation(self._current_rows())
+            self.check_taps(self.exchange.seen(store, how), self.with_gradients())
         due = None if self.options.adaptive is None else self._due_rows(steps)
         self.regions.fold(store, self.moving, how, due, self.exchange)
         self.sampled = False
         self.draws = 0
+        self._ahead = 0.0
 
     def with_gradients(self) -> list[int]:
         """The blocks some parameter of which has a gradient."""
@@ -171,9 +186,9 @@ class Curvature:
                 "got no call"
             )
 
-    def check_taps(self, counts: Tensor, with_gradients: Sequence[int]) -> None:
+    def check_taps(self, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
-        pending, folds = counts[:, 1:].amax(1) > 0, [block.folds() > 0 for block in self.blocks.values()]
+        folds = [block.folds() > 0 for block in self.blocks.values()]
         seen = (pending | torch.stack(folds)).tolist()
         self.any_seen, self.all_seen = any(seen), all(seen)
         missed = [
@@ -209,7 +224,7 @@ class Curvature:
         self.fold(steps)
         if not self.any_seen:
             return
-        similar = (self.store.changes() < rule.alpha**2).tolist()
+        similar = (self.exchange.changes(self.store) < rule.alpha**2).tolist()
         for timer, is_due, (to_last, to_before) in zip(self.timers, due, similar, strict=True):
             if is_due:
                 _, last, before = timer.tolist()
@@ -237,7 +252,7 @@ class Curvature:
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
-        if bool(self.store.counts.any()):
+        if bool(self.exchange.seen(self.store, self.normalisation(self._current_rows())).any()):
             self.fold(self.steps)
         if not self.any_seen:
             raise NoStatisticsError("refresh() needs statistics: run loss.backward() first")
@@ -269,15 +284,15 @@ class Curvature:
         fold = steps >= self.clock["next_fold"] or not self.any_seen
         return Plan(fold, str(self.part_due(steps) if fold or self.any_seen else IDLE))
 
-    def note(self, plan: Plan, steps: int, counts: Tensor, with_gradients: Sequence[int]) -> None:
+    def note(self, plan: Plan, steps: int, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """What the host has to know and to check when a planned step runs as part of a graph."""
         if plan.fold:
             self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
             if with_gradients:
                 self.check_sampled()
             if not self.all_seen:
-                self.check_taps(counts, with_gradients)
-            self.sampled, self.draws = False, 0
+                self.check_taps(pending, with_gradients)
+            self.sampled, self.draws, self._ahead = False, 0, 0.0
         part = int(plan.part)
         if part != IDLE and self.any_seen:
             self.note_renewal(steps, part)

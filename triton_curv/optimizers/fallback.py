@@ -1,6 +1,6 @@
 """What parameters without a curvature block are trained with: AdamW or SGD, as torch.optim has them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -22,18 +22,6 @@ class Loose(NamedTuple):
     hyper: Tensor
 
 
-class LooseGroup(NamedTuple):
-    """All parameters of a group without blocks, and their state."""
-
-    params: list[Parameter]
-    states: list[dict[str, Tensor]]
-
-    def active(self, hyper: Tensor) -> Loose:
-        """Those that have gradients."""
-        some = [(p, p.grad, state) for p, state in zip(self.params, self.states, strict=True) if p.grad is not None]
-        return Loose([p for p, _, _ in some], [g for _, g, _ in some], [s for _, _, s in some], hyper)
-
-
 class Fallback(Protocol):
     """A first-order rule for one parameter group; its state lies in the optimizer's `state[param]`."""
 
@@ -44,6 +32,25 @@ class Fallback(Protocol):
 
     def update(self, loose: Loose, fine: Tensor) -> None:
         """One step; `fine` () is a flag on the device: where it is False nothing changes, and nobody waits to know."""
+
+
+class LooseGroup(NamedTuple):
+    """All parameters of a group without blocks, and their state."""
+
+    params: list[Parameter]
+    states: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, params: list[Parameter], rule: Fallback, state: MutableMapping[Any, Any]) -> "LooseGroup":
+        """Give each its first state, in `state`."""
+        states = [rule.init_state(p) for p in params]
+        state.update(zip(params, states, strict=True))
+        return cls(list(params), states)
+
+    def active(self, hyper: Tensor) -> Loose:
+        """Those that have gradients."""
+        some = [(p, p.grad, state) for p, state in zip(self.params, self.states, strict=True) if p.grad is not None]
+        return Loose([p for p, _, _ in some], [g for _, g, _ in some], [s for _, _, s in some], hyper)
 
 
 def _gradients(loose: Loose, fine: Tensor) -> list[Tensor]:

@@ -32,24 +32,34 @@ def values_of(group: Mapping[str, Any], steps: int, options: KFACOptions, of_mod
     return [*of_update, *of_block, *of_model, sign, beta1, beta2, 1 - beta1, 1 - beta2, group.get("eps", 0.0)]
 
 
+def write_rows_(
+    rows: Tensor, values: Sequence[Sequence[float | Tensor]], written: list[list[float]] | None = None
+) -> list[list[float]]:
+    """Bring `rows` up to date: floats by one copy that nobody waits for, tensors from where they are.
+
+    While a CUDA graph is captured only tensors are read, so that a replay reads them again. Returns the floats; where
+    those are as `written`, nothing is copied.
+    """
+    floats = [[0.0 if isinstance(v, Tensor) else float(v) for v in row] for row in values]
+    if floats != written:
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            floats = [] if written is None else written
+        else:
+            rows.copy_(torch.tensor(floats, dtype=rows.dtype, pin_memory=rows.is_cuda), non_blocking=True)
+    for row, given in enumerate(values):
+        for slot, value in enumerate(given):
+            if isinstance(value, Tensor):
+                rows[row, slot].copy_(value)
+    return floats
+
+
 class HyperParameters:
-    """`rows` (groups, len(SLOTS)) in the device's memory, always the same tensor, and `of_group`, its views."""
+    """`rows` (groups, len(SLOTS)) in the device's memory, always the same tensor."""
 
     def __init__(self, groups: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = torch.zeros(groups, len(SLOTS), dtype=dtype, device=device)
-        self.of_group = self.rows.unbind()
         self._written: list[list[float]] | None = None
 
     def write_(self, rows: Tensor, values: Sequence[Sequence[float | Tensor]]) -> None:
-        """Bring `rows` up to date: floats by one copy that nobody waits for, tensors from where they are.
-
-        While a CUDA graph is captured only tensors are read, so that a replay reads them again.
-        """
-        floats = [[0.0 if isinstance(v, Tensor) else float(v) for v in row] for row in values]
-        if floats != self._written and not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-            rows.copy_(torch.tensor(floats, dtype=rows.dtype, pin_memory=rows.is_cuda), non_blocking=True)
-            self._written = floats
-        for row, given in enumerate(values):
-            for slot, value in enumerate(given):
-                if isinstance(value, Tensor):
-                    rows[row, slot].copy_(value)
+        """`write_rows_` that remembers what was written."""
+        self._written = write_rows_(rows, values, self._written)

@@ -14,9 +14,9 @@ from triton_curv.errors import ConfigurationError
 from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
-from triton_curv.optimizers.apply import Work, apply_
+from triton_curv.optimizers.apply import Work
 from triton_curv.optimizers.curvature import CLOCK, Curvature
-from triton_curv.optimizers.exchange import Alone, Exchange
+from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
@@ -26,8 +26,12 @@ from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register
-from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
+from triton_curv.optimizers.trial import Evaluate
+from triton_curv.optimizers.trials import Trials
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
+from triton_curv.sharding.options import Sharding
+from triton_curv.sharding.ranks import Where, find_ranks
+from triton_curv.sharding.team import exchange_for
 
 
 class KFAC(Optimizer):
@@ -92,6 +96,14 @@ class KFAC(Optimizer):
         compile: True, or arguments for `torch.compile`: each region of the step becomes a graph when it first
             runs. `torch.compile(opt.step)` does the same to the whole step.
 
+    Args, on several ranks of torch.distributed:
+        process_group: "auto": the ranks of the model's DDP wrapper or of its FSDP2 mesh; of a model without a wrapper
+            all ranks. Or a group, or a mesh (replicate, shard) whose rows each hold every factor once; or "alone": each
+            rank trains a model of its own. Each step then is that of one process on the batches of all ranks together:
+            gradients are means over ranks, as DDP has them (sums for reduction="sum"). If batches differ in size, let
+            each rank's loss be (ranks / all samples) times its sum, and say `count(all samples / ranks)`.
+        sharding: how curvature is shared out over the ranks, a `Sharding`.
+
     Raises:
         ConfigurationError: an argument out of range, or a model without any layer that has a block.
         NoStatisticsError: at the first refresh, if a layer has gradients but its tap saw no backward pass; at any, if
@@ -132,6 +144,8 @@ class KFAC(Optimizer):
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
         compile: bool | Mapping[str, Any] = False,
+        process_group: Where = "auto",
+        sharding: Sharding | None = None,
     ) -> None:
         self.options = KFACOptions(
             fisher=fisher,
@@ -152,9 +166,9 @@ class KFAC(Optimizer):
         )
         if relative_damping is None:
             relative_damping = 0.03 if damping is None else 0.0
-        self._model = model
-        self._scaler = grad_scaler
-        self._exchange: Exchange = Alone()
+        self._found = find_ranks(model, process_group)
+        self._sharding = Sharding() if sharding is None else sharding
+        self._model, self._scaler = self._found.model, grad_scaler
         self._number, self._plan = register(self), Plan()
         self._regions = Regions({} if compile is True else compile or None)
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
@@ -196,6 +210,9 @@ class KFAC(Optimizer):
             check_hyper_parameters(group)
 
         ordered = {name: rules[name] for group in blocks_of for name in group}
+        wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
+        dtype = torch.float64 if wide else torch.float32
+        self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype)
         clock = self.param_groups[0]
         groups = [i for i, names in enumerate(blocks_of) for _ in names]
         self._curvature = Curvature(
@@ -204,8 +221,11 @@ class KFAC(Optimizer):
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         like = self._store.samples
         self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
+        self._trials = Trials(model, self._curvature)
         self._hyper = HyperParameters(len(self.param_groups), like.dtype, like.device)
         self._init_state()
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._exchange.require_equal([self._names[p] for p in self._params], self._params)
         self._ready = True
 
     def _init_state(self) -> None:
@@ -234,13 +254,9 @@ class KFAC(Optimizer):
                     first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
                 first.update(of_model)
                 of_model = {}
-        self._loose = [self._loose_group(g) for g in self.param_groups if g["kind"] == "fallback"]
-
-    def _loose_group(self, group: Mapping[str, Any]) -> LooseGroup:
-        rule = FALLBACKS[self.options.fallback]
-        states = [rule.init_state(p) for p in group["params"]]
-        self.state.update(zip(group["params"], states, strict=True))
-        return LooseGroup(list(group["params"]), states)
+        self._loose, rule = list[LooseGroup](), FALLBACKS[self.options.fallback]
+        for group in self.param_groups[len(self._matrices) :]:
+            self._loose.append(LooseGroup.of(group["params"], rule, self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later have no block; `fallback` trains them, and `explain()` says so."""
@@ -251,7 +267,8 @@ class KFAC(Optimizer):
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
             check_hyper_parameters(group)
-            self._loose.append(self._loose_group(group))
+            self._loose.append(LooseGroup.of(group["params"], FALLBACKS[self.options.fallback], self.state))
+            self._params += group["params"]
             for p in group["params"]:
                 self._names[p] = f"added parameter {len(self._names)}"
                 self._reasons[p] = "added by add_param_group"
@@ -280,7 +297,7 @@ class KFAC(Optimizer):
                 until the next `count()` or `step()`. Linear, Embedding and attention layers use it; convolutions,
                 whose patches mix positions, don't.
 
-        On steps without statistics it does nothing.
+        On steps without statistics it does nothing. `zero_grad()` forgets it together with statistics that it drops.
 
         """
         self._curvature.count(units, mask)
@@ -322,8 +339,6 @@ class KFAC(Optimizer):
         self._curvature.refresh()
         self._plan = self._curvature.plan(self._steps)
 
-    # ---- the step
-
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch's overloads
         self, closure: Callable[[], float | Tensor] | None = None, *, evaluate: Evaluate | None = None
@@ -347,16 +362,17 @@ class KFAC(Optimizer):
                 loss = closure()
         steps = self._steps
         curvature = self._curvature
+        self._exchange.gradients_(self._params)
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
             curvature.renew_statistics(steps)
         if curvature.any_seen:
             curvature.renew_inverses(steps)
-        before = self._before(steps, evaluate)
+        before = self._trials.before(self._params, self.state, evaluate)
         finite = self._apply(self._current_rows())
         if not known_true(finite):
             curvature.monitor.watch()
         if before is not None:
-            self._judge(before, cast("Evaluate", evaluate), steps)
+            self._trials.judge(before, cast("Evaluate", evaluate), self.param_groups[0]["maximize"])
         self._set_steps(steps + 1)
         return loss
 
@@ -378,22 +394,25 @@ class KFAC(Optimizer):
                 "looks at no values: compile the regions instead, KFAC(..., compile=True)"
             )
         store, rows = self._store, self._hyper.rows
+        how = curvature.normalisation(rows)
+        self._exchange.gradients_(self._params)
         if plan.fold and options.fisher != "empirical":
             store.unstash()
-        begin_step_(rows, store.counts, self._number, curvature.with_gradients() if plan.fold else [])
+        pending = self._exchange.seen(store, how) if plan.fold else store.samples
+        begin_step_(rows, pending, self._number, curvature.with_gradients() if plan.fold else [])
         if plan.fold:
-            fold_(store, curvature.moving, curvature.normalisation(rows), None, self._exchange)
+            fold_(store, curvature.moving, how, None, self._exchange)
         part = int(plan.part)
         if part != IDLE:
             lambdas = curvature.lambdas(rows) if part in (ALL, 0) else None
             refresh_(store, curvature.turned, curvature.keys_of(part), lambdas, self._exchange)
         self._apply(rows)
 
-    def begin_step(self, rows: Tensor, counts: Tensor, with_gradients: Sequence[int]) -> None:
+    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
         steps = self._steps
         self._curvature.monitor.watch()
-        self._curvature.note(self._plan, steps, counts, with_gradients)
+        self._curvature.note(self._plan, steps, pending, with_gradients)
         self._current_rows(rows)
         self._set_steps(steps + 1)
 
@@ -408,46 +427,33 @@ class KFAC(Optimizer):
             active = group.active(hyper)
             if active.params:
                 loose.append(active)
-        region = apply_ if torch.compiler.is_compiling() else self._regions.apply
-        skipped = self._curvature.events[0]
+        region, skipped = self._regions.apply, self._curvature.events[0]
         finite: Tensor = region(work, loose, self._store.samples, skipped, self.options, self._exchange)
         return finite
 
-    # ---- was it a good step?
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them.
 
-    def _before(self, steps: int, evaluate: Evaluate | None) -> Before | None:
-        """What a measured step starts from; None where the damping rule measures nothing."""
-        interval = self.options.damping_rule.interval
-        if not interval or steps % interval:
-            return None
-        if evaluate is None:
-            raise ConfigurationError(
-                f"{type(self.options.damping_rule).__name__} expects step(evaluate=...) every {interval} steps, a "
-                "function that returns the loss of the batch without backward(); got none"
-            )
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        changing = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-        state = [self.state[p][name] for p in params for name in changing if name in self.state[p]]
-        return Before.of(evaluated(self._model, evaluate, steps), params, state)
-
-    def _judge(self, before: Before, evaluate: Evaluate, steps: int) -> None:
-        """The reduction ratio moves the damping; a step that raised the loss is taken back if the rule says so."""
-        rule, summed = self.options.damping_rule, self.options.reduction == "sum"
-        after = evaluated(self._model, evaluate, steps)
-        units = self._store.samples.amax() if summed else 1.0
-        predicted = predicted_change(self.blocks.values(), before, self.options.loss_scale, units)
-        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
-        ratio = reduction_ratio(sign * before.loss, sign * after, sign * predicted)
-        self._curvature.damping_gain.copy_(
-            rule.adapt(self._curvature.damping_gain, ratio.to(self._curvature.damping_gain))
-        )
-        if rule.reject:
-            worse = ~(sign * after <= sign * before.loss)
-            before.restore_(worse)
-            self._curvature.events[3].add_(worse.to(self._curvature.events.device))
-            self._curvature.monitor.watch()
+        A GradScaler left the step out, or another network's loss was sent back. What `sample_fisher` took stays.
+        """
+        self._curvature.drop()
+        super().zero_grad(set_to_none)
 
     # ---- state and reports
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state, as `load_state_dict` takes it, on any number of ranks.
+
+        On several ranks, which hold parts of it, this is a collective: call it on all of them, then save on one.
+        """
+        state = super().state_dict()
+        if not self.__dict__.get("_ready", False):
+            return state  # a copy: torch copies an optimizer's state and groups, nothing else
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        rows = [row for matrices in self._matrices for row in matrices.rows]
+        factors = {key: places[row.parts[0].param] for row in rows for key in row.block.keys.values()}
+        return {**state, "state": self._exchange.whole(state["state"], factors)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.optimizers.apply import apply_
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.hyper_slots import SLOT
+from triton_curv.optimizers.traced import REGION
 
 Region = Callable[..., Any]
 
@@ -40,7 +41,6 @@ def fold_(
     exchange: Exchange,
 ) -> None:
     """Fold pending statistics into the moving averages, those of `moving` blocks' second moments included."""
-    exchange.statistics_(store)
     if moving:
         scale, weight = store.pending(how)
         for block in moving:
@@ -48,7 +48,7 @@ def fold_(
             rows = store.rows(block.keys["G"])
             block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
             block.renew_gains_()
-    store.fold_(how, due)
+    exchange.fold_(store, how, due)
 
 
 def refresh_(
@@ -64,8 +64,7 @@ def refresh_(
     """
     if lambdas is not None:
         store.set_shifts_(*lambdas.of_blocks())
-    store.invert_(exchange.owned(keys))
-    exchange.inverses_(store, keys)
+    exchange.invert_(store, keys)
     owners = {key.block for key in (store.keys if keys is None else keys)}
     for block in turned:
         if block.moments is not None and block.index in owners:
@@ -86,6 +85,5 @@ class Regions:
     def _maybe_compiled(self, region: Region) -> Region:
         if self.compiling is None:
             return region
-        arguments = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, **self.compiling}
-        compiled: Region = torch.compile(region, **arguments)
+        compiled: Region = torch.compile(region, **{**REGION, **self.compiling})
         return compiled

@@ -6,9 +6,9 @@ hyper-parameters to the device, counts the step and makes the next plan. So no n
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 IDLE = -1  # no renewal of inverses is under way
 ALL = -2  # a renewal of all of them at once
+# How regions are compiled unless the user says otherwise: shapes never change, and recompiles of one optimizer's
+# regions don't count for another's.
+REGION: Mapping[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Plan:
 class Host(Protocol):
     """An optimizer's decisions."""
 
-    def begin_step(self, rows: Tensor, counts: Tensor, with_gradients: Sequence[int]) -> None:
+    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """Hyper-parameters into `rows`; everything else that a planned step does without tensors."""
 
 
@@ -48,18 +51,18 @@ def register(host: Host) -> int:
 
 
 @torch.library.custom_op("triton_curv::begin_step_", mutates_args={"rows"}, tags=(torch.Tag.cudagraph_unsafe,))
-def _begin_step(rows: Tensor, counts: Tensor, number: int, with_gradients: list[int]) -> None:
+def _begin_step(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> None:
     host = _hosts.get(number)
     if host is None:
         raise RuntimeError("a compiled step was called after its optimizer was deleted")
-    host.begin_step(rows, counts, with_gradients)
+    host.begin_step(rows, pending, with_gradients)
 
 
 @_begin_step.register_fake
-def _(rows: Tensor, counts: Tensor, number: int, with_gradients: list[int]) -> None:
+def _(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> None:
     return None
 
 
-def begin_step_(rows: Tensor, counts: Tensor, number: int, with_gradients: Sequence[int]) -> None:
+def begin_step_(rows: Tensor, pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
     """`host.begin_step` of optimizer `number`, whenever the graph runs."""
-    torch.ops.triton_curv.begin_step_(rows, counts, number, list(with_gradients))
+    torch.ops.triton_curv.begin_step_(rows, pending, number, list(with_gradients))
