@@ -100,7 +100,7 @@ class FactorStore:
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
-        self.units = torch.zeros((), dtype=dtype, device=device)
+        self.units = torch.zeros(1, dtype=dtype, device=device)  # not 0-dim: graphs lose what they write to float64
         self.units_known = False
         members: dict[tuple[int, bool], list[FactorKey]] = {}
         for block, factors in enumerate(shapes):

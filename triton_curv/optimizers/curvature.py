@@ -81,6 +81,7 @@ class Curvature:
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
         self.monitor = HealthMonitor(self.events)
         self.damping_gain = torch.ones((), dtype=dtype, device=device)
+        self._gain = self.damping_gain.view(1)  # graphs take a 0-dim float64 tensor for a number
         self.group_of_block = torch.tensor(group_of_block, dtype=torch.int64, device=device)
         # (next step, last interval, the one before) of each statistic, for the adaptive rule
         self.timers = torch.tensor([[0, 1, 1]] * len(self.store.keys), dtype=torch.int64)
@@ -101,7 +102,7 @@ class Curvature:
 
     def lambdas(self, rows: Tensor) -> Lambdas:
         """What damps each block, by the rows of hyper-parameters."""
-        return Lambdas(rows, self.group_of_block, self.damping_gain)
+        return Lambdas(rows, self.group_of_block, self._gain)
 
     # ---- statistics
 

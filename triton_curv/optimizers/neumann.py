@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
 from triton_curv.optimizers.hyper import write_rows_
-from triton_curv.optimizers.neumann_step import SLOTS, GroupTensors, Plan, norm, step_group_
+from triton_curv.optimizers.neumann_step import SLOTS, GroupTensors, Plan, norm, step_groups_
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.traced import REGION, begin_step_, register
 from triton_curv_kernels.neumann import neumann_update_
@@ -77,7 +77,7 @@ class Neumann(Optimizer):
         warmup: steps of SGD before the main loop.
         weight_decay: L2 coefficient; weight_decay * w is added to the gradient.
         maximize: ascend instead of descend.
-        compile: True, or arguments for `torch.compile`: what a step does to a group becomes a graph when it first runs.
+        compile: True, or arguments for `torch.compile`: each kind of step becomes a graph when it first runs.
 
     Raises:
         ConfigurationError: a number out of range, complex parameters, parameters on several devices.
@@ -117,7 +117,7 @@ class Neumann(Optimizer):
         self._groups, self._plans, self._rows = list[GroupTensors](), list[Plan](), list[Tensor]()
         self._number = register(self)
         compiling = {} if compile is True else compile
-        self._compiled = None if compiling is False else torch.compile(step_group_, **{**REGION, **compiling})
+        self._compiled = None if compiling is False else torch.compile(step_groups_, **{**REGION, **compiling})
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what copies and unpickled optimizers lack
@@ -167,7 +167,7 @@ class Neumann(Optimizer):
         if group["params"]:
             states = [self.state[p] for p in group["params"]]
             m, v = [state["momentum_buffer"] for state in states], [state["exp_avg"] for state in states]
-            self._groups.append(GroupTensors(list(group["params"]), m, v, distance))
+            self._groups.append(GroupTensors(list(group["params"]), m, v, distance.view(1)))
             self._plans.append(Plan())
             wide = any(each.distance.dtype == torch.float64 for each in self._groups)
             dtype = torch.float64 if wide else torch.float32
@@ -213,17 +213,14 @@ class Neumann(Optimizer):
             self.begin_step(rows, rows, self._with_gradients())
             self._run(plans, rows)
             return loss
-        distances = self._distances()
+        distances = [group["distance"] for group in groups]
+        if len(groups) > 1:
+            distances = [norm(distances)] * len(groups)
         variables = self._variables()
         for group, distance in zip(groups, distances, strict=True):
             self._step_group(group, distance, variables)
         self._plan()
         return loss
-
-    def _distances(self) -> list[Tensor]:
-        """D over all groups, for each group that has parameters."""
-        distances = [group.distance for group in self._groups]
-        return distances if len(distances) == 1 else [norm(distances)] * len(distances)
 
     def _with_gradients(self) -> list[int]:
         """The groups in which some parameter has a gradient; the others stand still."""
@@ -234,9 +231,8 @@ class Neumann(Optimizer):
 
     def _run(self, plans: Sequence[Plan], rows: Tensor) -> None:
         """The step by functions of tensors alone, compiled or in the graph of somebody who compiles `step`."""
-        region = step_group_ if self._compiled is None else self._compiled
-        for group, plan, distance, hyper in zip(self._groups, plans, self._distances(), rows.unbind(), strict=True):
-            region(group, plan, distance, hyper)
+        region = step_groups_ if self._compiled is None else self._compiled
+        region(self._groups, plans, rows)
 
     def _plan(self) -> None:
         """What the next step of each group will be."""

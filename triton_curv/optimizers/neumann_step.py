@@ -26,7 +26,11 @@ class Plan:
 
 
 class GroupTensors(NamedTuple):
-    """All parameters of a group, their m and v, and D = ||w - v||_2, ()."""
+    """All parameters of a group, their m and v, and D = ||w - v||_2, (1,).
+
+    D is no 0-dim tensor here: torch 2.13 takes those of float64 on CPU for numbers, and a graph that writes one writes
+    nothing.
+    """
 
     params: list[Tensor]
     momentum_buffers: list[Tensor]
@@ -40,8 +44,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return length
 
 
-def step_group_(group: GroupTensors, plan: Plan, distance: Tensor, hyper: Tensor) -> None:
-    """Lines 2 to 12 of Algorithm 2; `distance` is D over all groups, `hyper` a row of numbers as in `SLOTS`."""
+def step_group_(group: GroupTensors, plan: Plan, distance: Tensor | None, hyper: Tensor) -> None:
+    """Lines 2 to 12 of Algorithm 2; `distance` is D over all groups, if there are others, `hyper` a row of numbers as in `SLOTS`."""
     moving = [i for i, p in enumerate(group.params) if p.grad is not None]
     if not moving:
         return
@@ -63,9 +67,17 @@ def step_group_(group: GroupTensors, plan: Plan, distance: Tensor, hyper: Tensor
             torch._foreach_add_(params, descent)
         group.distance.copy_(norm(torch._foreach_sub(group.params, group.exp_avgs)))
         return
-    group.distance.copy_(distance)
-    neumann_update_(params, momentum_buffers, exp_avgs, grads, group.distance, hyper[:OF_UPDATE])
+    if distance is not None:
+        group.distance.copy_(distance)
+    neumann_update_(params, momentum_buffers, exp_avgs, grads, group.distance[0], hyper[:OF_UPDATE])
     still = [i for i, p in enumerate(group.params) if p.grad is None]
     if still:
         rest = torch._foreach_sub([group.params[i] for i in still], [group.exp_avgs[i] for i in still])
         group.distance.copy_(torch.hypot(group.distance, norm(rest)))
+
+
+def step_groups_(groups: Sequence[GroupTensors], plans: Sequence[Plan], rows: Tensor) -> None:
+    """`step_group_` of every group, with D as it was before."""
+    distance = norm([group.distance for group in groups]) if len(groups) > 1 else None
+    for group, plan, hyper in zip(groups, plans, rows.unbind(), strict=True):
+        step_group_(group, plan, distance, hyper)

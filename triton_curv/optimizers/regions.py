@@ -20,7 +20,7 @@ Region = Callable[..., Any]
 
 
 class Lambdas(NamedTuple):
-    """Rows of hyper-parameters, which of them is each block's, and what the damping rule has made of lambda, ()."""
+    """Rows of hyper-parameters, which of them is each block's, and what the damping rule has made of lambda, (1,)."""
 
     rows: Tensor
     group_of_block: Tensor
