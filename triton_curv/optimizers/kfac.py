@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triton_curv.blocks import LayerOptions, NormFisher, WeightSharing
+from triton_curv.costs import update_cost
 from triton_curv.coverage import Coverage, coverage_of
 from triton_curv.damping import ConstantDamping, DampingRule
 from triton_curv.errors import ConfigurationError
 from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Exchange
@@ -349,7 +351,13 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = self._steps
+        self._take_step(self._steps, evaluate)
+        return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
+
+    @stage("step", payload=lambda optimizer, steps, evaluate: steps)
+    def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature
         self._exchange.gradients_([p for group in self.param_groups for p in group["params"]])
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
@@ -361,9 +369,6 @@ class KFAC(Optimizer):
         if before is not None:
             self._judge(before, cast("Evaluate", evaluate), steps)
         self._set_steps(steps + 1)
-        return loss
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
 
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
@@ -388,8 +393,11 @@ class KFAC(Optimizer):
             curvature.monitor.watch()
         for group, params in self._loose():
             if params:
-                rule = FALLBACKS[self.options.fallback]
-                rule.update(params, self.state, group, None if healthy else finite)
+                self._update_loose(group, params, None if healthy else finite)
+
+    @stage("update", payload=lambda optimizer, group, params, happens: update_cost(sum(p.numel() for p in params)))
+    def _update_loose(self, group: dict[str, Any], params: list[nn.Parameter], happens: Tensor | None) -> None:
+        FALLBACKS[self.options.fallback].update(params, self.state, group, happens)
 
     def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
         """Parameter groups without blocks, and those of their parameters that have gradients."""
