@@ -37,7 +37,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CONFIGS,
@@ -46,7 +52,6 @@ from triton_curv_kernels.pointer_table import (
     default_config,
     default_for,
     dense_views,
-    is_traced,
     pointer_table,
     prune,
 )
@@ -287,6 +292,7 @@ def _copy_back(views: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
             view.copy_(copy)
 
 
+@on_own_device
 def launch_cg_update(
     solution: Sequence[Tensor],
     residual: Sequence[Tensor],
@@ -327,6 +333,7 @@ def launch_cg_update(
     launch_finish(partials, square)
 
 
+@on_own_device
 def launch_cg_direction(
     direction: Sequence[Tensor], residual: Sequence[Tensor], beta: Tensor, config: ListConfig | None = None
 ) -> None:
@@ -354,6 +361,7 @@ def launch_cg_direction(
     return None
 
 
+@on_own_device
 def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig | None = None) -> Tensor:
     """`cg_dots` in Triton, as one tensor (2,): one launch, one to finish the sums; any strides.
 

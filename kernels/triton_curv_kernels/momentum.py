@@ -33,7 +33,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CODES,
@@ -42,7 +48,6 @@ from triton_curv_kernels.pointer_table import (
     check_shapes,
     default_config,
     default_for,
-    is_traced,
     merged_axes,
     pieces,
     pointer_table,
@@ -338,6 +343,7 @@ def supports(params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], updat
     }
 
 
+@on_own_device
 def launch_momentum_update_(
     params: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -360,6 +366,11 @@ def launch_momentum_update_(
                 f"{sorted({str(t.dtype) for t in (*params, *updates)})} and "
                 f"{sorted({str(t.dtype) for t in momentum_buffers})}"
             )
+        for place, scale in enumerate(scales):  # which the kernel reads through their addresses
+            if scale.device != params[0].device:
+                raise UnsupportedInputError(
+                    f"expected scales on {params[0].device}, got one at place {place} on {scale.device}"
+                )
 
     numel = sum(p.numel() for p in params)
     if numel == 0:
