@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.damping import kronecker_shifts
@@ -31,6 +32,13 @@ class FactorKey(NamedTuple):
     name: str
 
 
+class Held(NamedTuple):
+    """Of which factors this rank keeps the averages (it inverts these), and of which the inverses: at least those."""
+
+    owned: frozenset[FactorKey]
+    served: frozenset[FactorKey]
+
+
 class Normalisation(NamedTuple):
     """How pending sums become statistics: the moving average's decay, and the scale and reduction of the signal."""
 
@@ -44,17 +52,21 @@ class Bank:
 
     `averages` holds packed triangles (batch, n (n + 1) / 2); everything else is dense, (batch, n, n). With
     `spectra`, (batch, n), `inverses` holds eigenbases instead. `rows` is the bank's place in the vectors that hold one
-    number for each factor matrix of the store.
+    number for each factor matrix of the store. Of `averages` this rank keeps the first `owned` only, of `inverses`
+    and `spectra` the first `served`; on one rank that is all.
     """
 
-    def __init__(self, size: int, rows: slice, eigen: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, size: int, rows: slice, owned: int, served: int, eigen: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         batch = rows.stop - rows.start
         self.size = size
         self.rows = rows
+        self.owned = owned
         self.sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
-        self.averages = torch.zeros((batch, packed_size(size)), dtype=dtype, device=device)
-        self.inverses = torch.eye(size, dtype=dtype, device=device).repeat(batch, 1, 1)
-        self.spectra = torch.ones((batch, size), dtype=dtype, device=device) if eigen else None
+        self.averages = torch.zeros((owned, packed_size(size)), dtype=dtype, device=device)
+        self.inverses = torch.eye(size, dtype=dtype, device=device).repeat(served, 1, 1)
+        self.spectra = torch.ones((served, size), dtype=dtype, device=device) if eigen else None
         self.diagonal = diagonal_places(size, device)
         self.orders: list[tuple[slice, Tensor]] = []
         self.recent: tuple[Tensor, Tensor] | None = None  # averages after the last fold and the one before, if kept
@@ -76,8 +88,10 @@ class FactorStore:
         dtype: torch.dtype,
         device: torch.device,
         inverse: InverseName = "cholesky",
+        held: Held | None = None,
     ) -> None:
         self.inverse: InverseName = inverse
+        self.held = held
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
@@ -94,17 +108,20 @@ class FactorStore:
         owner: list[int] = []
         is_input: list[bool] = []
         key_of_row: list[int] = []
-        for (size, turned), keys in members.items():
+        for (size, turned), together in members.items():
             start = len(owner)
             slices = []
+            self.keys += together  # in one order on all ranks
+            keys = sorted(together, key=self._held_last)
             for key in keys:
                 batch = shapes[key.block][key.name].batch
                 slices.append(slice(len(owner) - start, len(owner) - start + batch))
                 owner += [key.block] * batch
                 is_input += [key.name[0] == "A"] * batch
-                key_of_row += [len(self.keys)] * batch
-                self.keys.append(key)
-            bank = Bank(size, slice(start, len(owner)), turned, dtype, device)
+                key_of_row += [self.keys.index(key)] * batch
+            places = [(self._held_last(key), place.stop) for key, place in zip(keys, slices, strict=True)]
+            owned, served = (max((stop for held, stop in places if held <= most), default=0) for most in (0, 1))
+            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device)
             self.banks.append(bank)
             self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
             orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
@@ -147,7 +164,7 @@ class FactorStore:
         self.first_row = torch.tensor(first_row, dtype=torch.int64, device=device)
         lengths = torch.tensor(sizes, dtype=self.samples.dtype, device=device)
         self.dimensions = torch.zeros_like(lengths).index_add_(0, self.first_row, lengths)
-        turned = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.averages))]
+        turned = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.sums))]
         self.turned = torch.tensor(turned, device=device)
         self.row_A = torch.tensor([a for a, _ in pairs], dtype=torch.int64, device=device)
         self.row_G = torch.tensor([g for _, g in pairs], dtype=torch.int64, device=device)
@@ -155,20 +172,40 @@ class FactorStore:
 
     # ---- places
 
+    def _held_last(self, key: FactorKey) -> int:
+        """0 for factors of this rank's own, 1 for those whose inverses it has, 2 for the others."""
+        return 0 if self.owns(key) else 1 if self.serves(key) else 2
+
+    def owns(self, key: FactorKey) -> bool:
+        """Whether this rank keeps and inverts the factor's average."""
+        return self.held is None or key in self.held.owned
+
+    def serves(self, key: FactorKey) -> bool:
+        """Whether this rank has the factor's inverse."""
+        return self.held is None or key in self.held.served
+
     def rows(self, key: FactorKey) -> slice:
         """The factor's place in vectors over factor matrices."""
         bank, place = self._places[key]
         return slice(bank.rows.start + place.start, bank.rows.start + place.stop)
 
     def view(self, kind: Literal["sums", "inverses", "spectra"], key: FactorKey) -> Tensor:
-        """The part (batch, ...) of a bank's tensor that belongs to one factor."""
+        """The part (batch, ...) of a bank's tensor that belongs to one factor; on "meta" where another rank has it."""
         bank, place = self._places[key]
         whole: Tensor = getattr(bank, kind)
+        if kind != "sums" and not self.serves(key):
+            return torch.empty((place.stop - place.start, *whole.shape[1:]), dtype=whole.dtype, device="meta")
         return whole[place]
 
     def packed(self, key: FactorKey, age: int = 0) -> Tensor:
-        """A factor's moving average, packed triangles in one dimension: now, or as kept 1 or 2 folds ago."""
+        """A factor's moving average, packed triangles in one dimension: now, or as kept 1 or 2 folds ago.
+
+        On "meta" where another rank owns it.
+        """
         bank, place = self._places[key]
+        if not self.owns(key):
+            numbers = (place.stop - place.start) * packed_size(bank.size)
+            return torch.empty(numbers, dtype=bank.averages.dtype, device="meta")
         kept = bank.averages if not age or bank.recent is None else bank.recent[age - 1]
         return kept[place].view(-1)
 
@@ -182,11 +219,11 @@ class FactorStore:
             bank.recent = (torch.zeros_like(bank.averages), torch.zeros_like(bank.averages))
 
     def _pieces(self, keys: Sequence[FactorKey] | None) -> Iterator[tuple[Bank, slice]]:
-        """Whole banks, or the places of some factors."""
+        """What this rank owns of whole banks, or the places of those of some factors that it owns."""
         if keys is None:
-            yield from ((bank, slice(0, len(bank.averages))) for bank in self.banks)
+            yield from ((bank, slice(0, bank.owned)) for bank in self.banks if bank.owned)
         else:
-            yield from (self._places[key] for key in keys)
+            yield from (self._places[key] for key in keys if self.owns(key))
 
     # ---- region 1: statistics into averages
 
@@ -201,22 +238,29 @@ class FactorStore:
         self.units_known = True
 
     def traces(self, sums: bool = False) -> Tensor:
-        """tr M of each average, or of each pending sum."""
+        """tr M of each average (0 for those of other ranks), or of each pending sum."""
         banks = self.banks
         if sums:
             return torch.cat([bank.sums.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in banks])
-        return torch.cat([bank.averages[:, bank.diagonal].sum(-1) for bank in banks])
+        own = [bank.averages[:, bank.diagonal].sum(-1) for bank in banks]
+        if self.held is None:
+            return torch.cat(own)
+        return torch.cat([pad(t, (0, len(bank.sums) - bank.owned)) for t, bank in zip(own, banks, strict=True)])
 
-    def pending(self, how: Normalisation, due: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def pending(
+        self, how: Normalisation, due: Tensor | None = None, traces: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What normalises the pending sum of each factor, and its weight in the moving average.
 
         A = sum / rows; G and F = N sum for a mean loss and sum / N for a summed one, both over signal_scale^2. The
         weight corrects the average's start, (1 - decay) / (1 - decay^k) at fold k. A factor without pending samples,
-        or whose sum is not finite (its diagonal shows it: X^T X), or that is not `due`, gets weight 0.
+        or whose sum is not finite (its diagonal shows it: X^T X), or that is not `due`, gets weight 0. `traces` are
+        those of the sums, where these lie elsewhere.
         """
+        traces = self.traces(sums=True) if traces is None else traces
         rows, samples = self.counts[self.owner, 0], self.seen()[self.owner]
         of_signal = (1 / samples if how.summed else samples) / how.signal_scale**2
-        usable = (samples > 0) & self.traces(sums=True).isfinite()
+        usable = (samples > 0) & traces.isfinite()
         if due is not None:
             usable &= due
         scale = torch.where(usable, torch.where(self.is_input, 1 / rows, of_signal), 0.0)
@@ -242,22 +286,44 @@ class FactorStore:
     def fold_(self, how: Normalisation, due: Tensor | None = None) -> None:
         """Fold the pending sums into the averages and empty them."""
         scale, weight = self.pending(how, due)
-        used = self.seen()[self.owner] > 0
-        if due is not None:
-            used &= due
-        self.discarded.add_((used & (weight == 0)).sum())
         all_usable = known_true(weight > 0)
         for bank in self.banks:
             sums, rows = self._in_weight_order(bank.sums, bank.orders), bank.rows
             if not all_usable:  # 0 * inf is not 0
                 sums.masked_fill_((weight[rows] == 0)[:, None, None], 0.0)
-            fresh = pack(sums).mul_(scale[rows, None])
-            if bank.recent is not None:
-                folded = (weight[rows] > 0)[:, None]
-                bank.recent[1].copy_(torch.where(folded, bank.recent[0], bank.recent[1]))
-                bank.recent[0].copy_(torch.where(folded, bank.averages, bank.recent[0]))
-            bank.averages.lerp_(fresh, weight[rows, None])
+            self._average_(bank, slice(None), pack(sums).mul_(scale[rows, None]), weight[rows])
+        self._note_fold(weight, due)
+
+    def fold_packed_(
+        self, sums: Mapping[FactorKey, Tensor], how: Normalisation, due: Tensor | None, traces: Tensor
+    ) -> None:
+        """`fold_` of sums over ranks: of the factors this rank owns, packed; `counts` and `traces` over ranks, too."""
+        scale, weight = self.pending(how, due, traces)
+        for key, packed in sums.items():
+            bank, place = self._places[key]
+            rows = self.rows(key)
+            fresh = packed.view(-1, packed_size(bank.size)) * scale[rows, None]
+            fresh.masked_fill_((weight[rows] == 0)[:, None], 0.0)
+            self._average_(bank, place, fresh, weight[rows])
+        self._note_fold(weight, due)
+
+    @staticmethod
+    def _average_(bank: Bank, place: slice, fresh: Tensor, weight: Tensor) -> None:
+        """Average += weight (fresh - average) at a place of a bank; keep the last two averages, if that is wanted."""
+        if bank.recent is not None:
+            folded = (weight > 0)[:, None]
+            last, before = (kept[place] for kept in bank.recent)
+            before.copy_(torch.where(folded, last, before))
+            last.copy_(torch.where(folded, bank.averages[place], last))
+        bank.averages[place].lerp_(fresh, weight[:, None])
+
+    def _note_fold(self, weight: Tensor, due: Tensor | None) -> None:
+        """Count what was folded and what was discarded, and empty the sums."""
         samples = self.seen()
+        used = samples[self.owner] > 0
+        if due is not None:
+            used &= due
+        self.discarded.add_((used & (weight == 0)).sum())
         self.folds.add_(weight > 0)
         self.samples.copy_(torch.where(samples > 0, samples, self.samples))
         self.forget()
@@ -287,15 +353,18 @@ class FactorStore:
     def changes(self) -> Tensor:
         """||X - X'||_F^2 / ||X'||_F^2 over all matrices of each factor, X' one and two folds ago: (factors, 2).
 
-        Infinite where there is no such X' yet. Needs `keep_recent`.
+        Infinite where there is no such X' yet, and for factors of other ranks. Needs `keep_recent`.
         """
         rows: list[Tensor] = []
         for bank in self.banks:
             assert bank.recent is not None
-            off = torch.full_like(bank.averages[0], 2.0)  # an element beside the diagonal stands for two
+            off = bank.averages.new_full(
+                (packed_size(bank.size),), 2.0
+            )  # an element beside the diagonal stands for two
             off[bank.diagonal] = 1.0
             past = [(((bank.averages - old).square() @ off), old.square() @ off) for old in bank.recent]
-            rows.append(torch.stack([torch.stack(pair) for pair in past]))  # (age, difference or norm, batch)
+            own = torch.stack([torch.stack(pair) for pair in past])  # (age, difference or norm, batch)
+            rows.append(pad(own, (0, len(bank.sums) - bank.owned)) if bank.owned < len(bank.sums) else own)
         every = torch.cat(rows, dim=-1)
         totals = every.new_zeros(2, 2, len(self.keys)).index_add_(2, self.key_of_row, every)
         ratios = torch.where(totals[:, 1] > SLIVER, totals[:, 0] / totals[:, 1], torch.inf)
