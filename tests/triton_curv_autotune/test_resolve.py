@@ -148,10 +148,10 @@ def test_where_the_default_won_nearby_the_problems_own_default_is_taken(tmp_path
 def test_devices_do_not_alias(tmp_path: Path) -> None:
     """H100, H200, H20 and a MIG slice share an architecture, some even all limits; each has its own entries."""
     limits = dict(zip("abcd", (H100, H200, H20, MIG), strict=True))
-    configs = {}
-    for index, (name, device) in enumerate(limits.items()):
+    configs: dict[str, object] = {}
+    for name, device in limits.items():
         problem = list_problem(limits=device)
-        configs[name] = get_op(MOMENTUM).candidates(problem)[1 + index]
+        configs[name] = next(c for c in get_op(MOMENTUM).candidates(problem)[1:] if c not in configs.values())
         Store(tmp_path).write(entry_for(MOMENTUM, problem, configs[name]))
     resolver = resolver_on(tmp_path)
     found = {name: resolver.resolve(MOMENTUM, list_problem(limits=device)) for name, device in limits.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_curv_autotune.registry import Inputs, Op, power_of_two, register
-from triton_curv_kernels import cg, momentum, neumann, pointer_table, pointer_table_device
+from triton_curv_kernels import cg, cg_kernels, momentum, momentum_kernels, neumann, pointer_table, pointer_table_device
 from triton_curv_kernels.choice import ListProblem
 from triton_curv_kernels.pointer_table import CONFIGS, ListConfig, default_for
 from triton_curv_kernels.pointer_table import prune as prune_lists
@@ -77,7 +77,7 @@ def prune(space: Sequence[ListConfig], problem: ListProblem) -> list[ListConfig]
 
 def _declare(
     name: str,
-    module: ModuleType,
+    modules: Sequence[ModuleType],
     numerics: tuple[str, ...],
     make_inputs: Callable[[ListProblem, torch.device], Inputs],
     launch: Callable[..., None],
@@ -94,7 +94,7 @@ def _declare(
             default=default_for,
             bucket=bucket,
             numerics=numerics,
-            modules=(module, pointer_table, pointer_table_device),
+            modules=(*modules, pointer_table, pointer_table_device),
             make_inputs=make_inputs,
             launch=_results(launch, changed),
             reference=_results(reference, changed),
@@ -106,7 +106,7 @@ def _declare(
 
 MOMENTUM_UPDATE = _declare(
     "momentum_update_",
-    momentum,
+    (momentum, momentum_kernels),
     momentum.NUMERICS,
     momentum_inputs,
     momentum.launch_momentum_update_,
@@ -115,7 +115,7 @@ MOMENTUM_UPDATE = _declare(
 )
 NEUMANN_UPDATE = _declare(
     "neumann_update_",
-    neumann,
+    (neumann,),
     neumann.NUMERICS,
     neumann_inputs,
     neumann.launch_neumann_update_,
@@ -124,7 +124,7 @@ NEUMANN_UPDATE = _declare(
 )
 CG_UPDATE = _declare(
     "cg_update_",
-    cg,
+    (cg, cg_kernels),
     cg.NUMERICS,
     cg_update_inputs,
     cg.launch_cg_update,
@@ -133,7 +133,7 @@ CG_UPDATE = _declare(
 )
 CG_DIRECTION = _declare(
     "cg_direction_",
-    cg,
+    (cg, cg_kernels),
     (),
     cg_direction_inputs,
     cg.launch_cg_direction,
