@@ -182,6 +182,25 @@ def test_masked_factors_are_means_over_real_tokens() -> None:
     torch.testing.assert_close(factors["head", "G"], second_moment(signal[mask] * units), rtol=1e-10, atol=1e-16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unmasked_tokens_are_counted_exactly_in_narrow_types(dtype: torch.dtype) -> None:
+    """A sum of ones in fp16 is infinite from 65504 on, in bf16 it keeps 8 bits."""
+    model = nn.ModuleDict({"linear": nn.Linear(2, 2), "attention": nn.MultiheadAttention(2, 1, batch_first=True)})
+    model.to(dtype)
+    mask = torch.arange(1000) < torch.arange(931, 1001)[:, None]
+    assert int(mask.sum()) > 65504
+    optimizer = kfac(model)
+    optimizer.count(mask=mask)
+    ones = torch.ones(70, 1000, 2, dtype=dtype)
+    output = model["linear"](ones).float().sum(-1)
+    query = torch.ones(70, 1, 2, dtype=dtype)  # few of them: 70 x 1000 x 1000 scores would take long
+    output = output + model["attention"](query, ones, ones, need_weights=False)[0].float().sum(-1)
+    ((output * mask).sum() / mask.sum()).backward()
+    torch.testing.assert_close(optimizer.blocks["linear"].factors()["A"], torch.ones(3, 3))
+    keys = optimizer.blocks["attention"].factors()["A"][1]
+    torch.testing.assert_close(keys, torch.ones(3, 3), rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("split", [[6], [2, 4], [1, 2, 3]])
 def test_token_losses_have_one_scale_for_every_batch_and_length(split: list[int]) -> None:
     """Per-token losses: the same tokens as (6, 1), (3, 2), (2, 3) sequences or in micro-batches give the same G."""

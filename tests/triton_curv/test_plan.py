@@ -16,7 +16,7 @@ import triton_curv as tc
 from profiles.models import gpt2, resnet50, vit_b16
 from triton_curv.errors import ConfigurationError
 from triton_curv.sharding import FactorSize, LayerSize, Plan, PlanOptions, even_splits, layer_sizes, make_plan, overlaps
-from triton_curv.sharding.plan import longest_first, pigeonhole
+from triton_curv.sharding.balance import Work, least_time, longest_first, pigeonhole
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet50": resnet50, "gpt2": gpt2, "vit-b16": vit_b16}
 WORLDS = [1, 2, 3, 4, 5, 7, 8, 12, 16, 27, 31, 64, 97, 128, 256, 1000, 1024, 2048, 4096]
@@ -83,8 +83,9 @@ def test_real_models_are_shared_out_once_and_evenly(model: str, fraction: float)
         plan = make_plan(layers_of(model), PlanOptions(world, grad_worker_fraction=fraction))
         assert plan.grid.world_size == world
         assert plan.balance >= 1
-        if fraction in (0, 1):
-            assert plan.balance <= 4 / 3, world
+        # with half the ranks as workers, the bound does not see that 24 long inverses and 12 of half their length
+        # cannot fill 25 ranks evenly
+        assert plan.balance <= (1.51 if fraction == 0.5 else 4 / 3), world
         if world in (1, 3, 16, 97, 4096):
             check_ownership(plan)
 
@@ -122,6 +123,30 @@ def test_longest_first_is_within_its_bound_of_the_best() -> None:
         best = min(map(busiest, product(range(bins), repeat=len(costs))))
         assert busiest(longest_first(costs, bins)) <= best * (4 / 3 - 1 / (3 * bins)) + 1e-9
         assert pigeonhole(costs, bins) <= best
+
+
+def test_no_assignment_undercuts_the_least_time() -> None:
+    draw = random.Random(1)
+    for _ in range(40):
+        rows, columns = draw.randint(1, 3), draw.randint(1, 3)
+        works = [
+            Work(draw.randint(0, 9), tuple(draw.randint(1, 20) for _ in range(draw.randint(1, 2))))
+            for _ in range(draw.randint(1, 4))
+        ]
+        best = None
+        for chosen in product(range(columns), repeat=len(works)):
+            times = []
+            for column in range(columns):
+                own = [work for work, place in zip(works, chosen, strict=True) if place == column]
+                inverses = [ns for work in own for ns in work.inverses]
+                busiest = min(
+                    max(sum(ns for ns, r in zip(inverses, places, strict=True) if r == row) for row in range(rows))
+                    for places in product(range(rows), repeat=len(inverses))
+                )
+                times.append(sum(work.apply for work in own) + busiest)
+            best = max(times) if best is None else min(best, max(times))
+        assert best is not None
+        assert least_time(works, rows, columns) <= best
 
 
 def test_pigeonhole() -> None:

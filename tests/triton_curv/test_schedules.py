@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import triton_curv as tc
 from tests.support.small_net import batches, small_net, train, weights
+from triton_curv.blocks.operator import solve
 from triton_curv.optimizers.sgn import trust_region_damping
 from triton_curv.recipes import OSAWA, osawa2019
 from triton_curv.schedules import FixedInterval, osawa_growing, osawa_two_phases
@@ -79,6 +80,62 @@ def test_adaptive_rule_goes_by_each_statistic() -> None:
             kept.append(int(optimizer.state[model.get_parameter("0.weight")][f"{name}_refresh"][1]))
     assert intervals["A"][-1] > 3
     assert set(intervals["G"]) == {1}
+
+
+def sp_ngd_refreshes(statistics: list[Tensor], alpha: float) -> list[int]:
+    """Steps at which algorithms 1 and 2 of arXiv 2002.06015 renew a statistic that would be `statistics[t]` at t."""
+
+    def similar(X: Tensor, Y: Tensor | None) -> bool:
+        return Y is not None and float((X - Y).norm()) < alpha * float(Y.norm())
+
+    refreshes, due = [], 0
+    delta_1, delta_2 = 1, 1
+    X_1: Tensor | None = None
+    X_2: Tensor | None = None
+    for t, X in enumerate(statistics):
+        if t != due:
+            continue
+        refreshes.append(t)
+        if not similar(X, X_1):
+            delta = max(1, delta_1 // 2)
+        elif not similar(X, X_2):
+            delta = delta_1
+        else:
+            delta = delta_1 + delta_2
+        delta_1, delta_2 = delta, delta_1
+        due = t + delta
+        X_1, X_2 = X, X_1
+    return refreshes
+
+
+def test_adaptive_refreshes_are_those_of_the_published_algorithm() -> None:
+    """Inputs and gradients change at chosen steps: calm, a jump, calm, a slow drift, and A and G not together."""
+    generator = torch.Generator().manual_seed(0)
+    x, signal = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (4, 3))
+    sizes_A = [1.0] * 14 + [2.0] * 22 + [2.0 * 1.03**t for t in range(14)] + [4.0] * 10
+    sizes_G = [1.0 + 0.02 * (t % 2) for t in range(25)] + [3.0] * 5 + [1.0] * 30
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    optimizer = tc.KFAC(model, lr=0.0, factor_interval=tc.AdaptiveInterval(0.1), factor_decay=0.0, damping=0.1)
+    state = optimizer.state[model.get_parameter("0.weight")]
+    seen: dict[str, list[int]] = {"A": [], "G": []}
+    statistics: dict[str, list[Tensor]] = {"A": [], "G": []}
+    for step, (a, g) in enumerate(zip(sizes_A, sizes_G, strict=True)):
+        optimizer.zero_grad()
+        before = {name: state[f"{name}_refresh"].clone() for name in seen}
+        inverses = {name: state[f"{name}_inverse"].clone() for name in seen}
+        (model(a * x) * g * signal).sum().div(8).backward()
+        optimizer.step()
+        statistics["A"].append((a * x).T @ (a * x) / 8)
+        statistics["G"].append((g * signal).T @ (g * signal) / 8)
+        for name, steps in seen.items():
+            if not torch.equal(before[name], state[f"{name}_refresh"]):
+                steps.append(step)
+            elif before["A"][0] != step and before["G"][0] != step:
+                assert torch.equal(inverses[name], state[f"{name}_inverse"])  # the stale inverse serves
+    for name, steps in seen.items():
+        assert steps == sp_ngd_refreshes(statistics[name], 0.1)
+        assert len(steps) < 40
+    assert seen["A"] != seen["G"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +275,7 @@ def test_damped_product_undoes_precondition(inverse: Any) -> None:
     for block in optimizer.blocks.values():
         matrix = torch.randn(block.rule.matrix_shape, dtype=torch.float64)
         out = torch.empty_like(matrix)
-        block.solve(matrix, out)
+        solve(block.operator, matrix, out)
         torch.testing.assert_close(damped_product(block, out), matrix, rtol=1e-8, atol=1e-8)
     block = optimizer.blocks["4"]
     if inverse == "cholesky":
@@ -290,9 +347,31 @@ def test_weights_are_rescaled_after_the_step(how: Any) -> None:
 # ---- the recipe
 
 
-def test_recipe_holds_the_table_and_marks_what_is_ours() -> None:
+PUBLISHED = """
+    4096    0.4  11.0  1    53    8.18e-3  0.997  2.5e-4  10948  74.8
+    8192    0.4  8.0   1    53.5  1.25e-2  0.993  2.5e-4  5434   75.3
+    16384   0.4  8.0   1    53.5  2.5e-2   0.985  2.5e-4  2737   75.2
+    32768   0.6  3.5   1.5  49.5  3.0e-2   0.97   2.0e-4  1760   75.4
+    65536   0.6  2.9   2    64.5  4.0e-2   0.95   1.5e-4  1173   75.6
+    131072  1.0  2.9   3    100   7.0e-2   0.93   1.0e-4  873    74.9
+"""  # arXiv 2002.06015, Table 2: batch, alpha_mixup, p_decay, e_start, e_end, eta_0, m_0, lambda, steps, top-1
+
+
+def test_recipe_holds_the_published_table() -> None:
+    lines = [[float(cell) for cell in line.split()] for line in PUBLISHED.split("\n") if line.strip()]
+    assert {int(batch): list(row) for batch, *row in lines} == {batch: list(row) for batch, row in OSAWA.items()}
+    for batch, alpha, power, start, end, lr, momentum, damping, _, _ in lines:
+        recipe = osawa2019(int(batch))
+        optimizer = recipe.optimizer(small_net())
+        schedule = recipe.schedule(optimizer)
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["momentum"], group["damping"]) == (lr, momentum, damping)
+        assert (schedule.power, schedule.start, schedule.end) == (power, start, end)
+        assert recipe.mixup().alpha == alpha
+
+
+def test_recipe_marks_what_is_ours() -> None:
     recipe = osawa2019(4096)
-    assert (recipe.table.lr, recipe.table.momentum, recipe.table.damping) == (8.18e-3, 0.997, 2.5e-4)
     assert sorted(OSAWA) == [4096 * 2**k for k in range(6)]
     assert recipe.steps_per_epoch == 313
     assert recipe.steps_per_epoch * 35 == pytest.approx(recipe.table.steps, rel=0.01)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import MultiheadAttention, Parameter
 
@@ -44,7 +45,8 @@ class ProjectionPart(MaskedSource):
         rows = rows_of(inputs, grad_output, self.has_bias, self.options, self.mask)
         samples, used = rows.uses
         if isinstance(used, Tensor):
-            self.input_side.accumulate_(own, rows.inputs * (samples / used).sqrt(), rows.ones)
+            share = samples / used.to(torch.promote_types(rows.inputs.dtype, torch.float32))
+            self.input_side.accumulate_(own, rows.inputs * share.sqrt(), rows.ones)
         else:
             self.input_side.accumulate_(own, rows.inputs, rows.ones, samples / max(used, 1))
         self.output_side.accumulate_(own, rows.signal)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
 from triton_curv.blocks.moments import Moments
+from triton_curv.blocks.operator import Operator, solve
 from triton_curv.blocks.products import waits_for_others
 from triton_curv.blocks.rule import MaskedSource, Rule, Source
-from triton_curv.blocks.side import times_left, times_right
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.inverse import raised
 
@@ -48,12 +48,13 @@ class Block:
         self.matrix_size = math.prod(rule.matrix_shape)
         self._averages = averages
         self._ensure_inverse = ensure_inverse
-        squeeze = rule.matrix_shape[0] == 1
-        self._operators = {factor: inverse[0] if squeeze else inverse for factor, inverse in self.inverses.items()}
         shapes = rule.factor_shapes
-        self._whole = all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items())
-        self._left = [inverse for factor, inverse in self.inverses.items() if factor[0] != "A"]
-        self._right = [inverse for factor, inverse in self.inverses.items() if factor[0] == "A"]
+        self.operator = Operator(
+            left=tuple(inverse for factor, inverse in self.inverses.items() if factor[0] != "A"),
+            right=tuple(inverse for factor, inverse in self.inverses.items() if factor[0] == "A"),
+            gains=self.gains,
+            whole=all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items()),
+        )
 
     @torch.no_grad()
     def accumulate_(
@@ -112,23 +113,6 @@ class Block:
         failures = torch.maximum(self.store.failures[rows_A], self.store.failures[rows_G])
         torch.reciprocal(spectrum + raised(self.store.shifts[rows_A], failures.long())[:, None, None], out=self.gains)
 
-    def solve(self, matrix: Tensor, out: Tensor) -> None:
-        """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
-        operators, gains = self._operators, self.gains
-        if not self._whole:
-            out.copy_(times_right(times_left(self._left, matrix), self._right))
-            return
-        if len(matrix) == 1:
-            matrix, out = matrix[0], out[0]
-        if gains is not None:
-            bases_A, bases_G = operators["A"], operators["G"]
-            turned = (bases_G.mT @ matrix @ bases_A).mul_(gains[0] if len(gains) == 1 else gains)
-            torch.matmul(bases_G @ turned, bases_A.mT, out=out)
-        elif "F" in operators:
-            torch.matmul(operators["F"], matrix, out=out)
-        else:
-            torch.matmul(operators["G"] @ matrix, operators["A"], out=out)
-
     @torch.no_grad()
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(F + damping)^-1 grad for {"weight": ..., "bias": ...}: same names and shapes, same dtypes.
@@ -149,7 +133,7 @@ class Block:
                 )
             part.copy_(grads[name])
         out = torch.empty_like(matrix)
-        self.solve(matrix, out)
+        solve(self.operator, matrix, out)
         return {name: part.to(grads[name].dtype).clone() for name, part in self.rule.views(out).items()}
 
     def __repr__(self) -> str:

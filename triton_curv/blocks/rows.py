@@ -44,18 +44,18 @@ def rows_of(inputs: Tensor, signal: Tensor, ones: bool, options: LayerOptions, m
         if mask is None:
             return Rows(rows, signal, ones, Uses(samples, samples * count))
         real = mask.reshape(-1, 1).to(signal.dtype)
-        used: int | Tensor = real.sum().clamp_min(1)
+        used: int | Tensor = mask.sum().clamp_min(1)  # an integer: a count in fp16 ends at 65504
         rows = rows * real
     else:
         signal = signal.reshape(samples, count, signal.shape[-1]).sum(1)
         rows = inputs.reshape(samples, count, width)
         if mask is None:
             return Rows(rows.mean(1), signal, ones, Uses(samples, samples))
-        weights = mask.reshape(samples, count, 1).to(signal.dtype)
+        weights = mask.reshape(samples, count, 1)
         lengths = weights.sum(1)
         rows = (rows * weights).sum(1) / lengths.clamp_min(1)
         real = (lengths > 0).to(signal.dtype)
-        used = real.sum().clamp_min(1)
+        used = (lengths > 0).sum().clamp_min(1)
     return Rows(torch.cat([rows, real], dim=1) if ones else rows, signal, False, Uses(samples, used))
 
 

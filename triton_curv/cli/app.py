@@ -112,6 +112,32 @@ def profile(
 
 
 @app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="A scenario, module:factory, or a model of torchvision or timm."
+        ),
+    ],
+    batch: Annotated[int | None, typer.Option(help="Samples of a step.", show_default="the scenario's, or 32")] = None,
+    input_shape: Annotated[
+        str | None, typer.Option("--input", help="Shape of one sample.", show_default="3x224x224")
+    ] = None,
+    input_dtype: Annotated[str, typer.Option(help="float32, int64, or auto: the first that fits.")] = "auto",
+    factor_interval: Annotated[int, typer.Option(help="Steps between statistics.")] = 20,
+    inverse_interval: Annotated[int, typer.Option(help="Steps between renewals of the inverses.")] = 20,
+    max_factor_dim: Annotated[int, typer.Option(help="Larger factors are split or made diagonal.")] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+) -> None:
+    """Show what K-FAC covers, holds and costs on a model: by layer, from shapes alone; nothing is trained."""
+    from triton_curv.cli.explain import ExplainOptions, run_explain
+
+    intervals = (factor_interval, inverse_interval, max_factor_dim)
+    run_explain(ExplainOptions(model, batch, input_shape, input_dtype, *intervals, as_json, html))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

@@ -1,60 +1,95 @@
-"""The arithmetic of a step of KFAC as functions of tensor lists: gradients in, scales and hyper-parameters out."""
+"""Region 3 of a step of KFAC, from gradients to new weights, as functions of tensor lists."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from triton_curv.blocks.operator import solve
+from triton_curv.hostcheck import known_true
+from triton_curv.optimizers.exchange import Exchange
+from triton_curv.optimizers.hyper import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, Rescale
-from triton_curv.optimizers.matrices import Lists, MatrixGroup
+from triton_curv.optimizers.matrices import Lists
+from triton_curv_kernels import momentum_update_
 
 RESCALE_EPS = 1e-9
 
 
 class Work(NamedTuple):
-    """One parameter group in one step: its settings, its buffers, and the blocks that have gradients."""
+    """One parameter group in one step: its buffers, the gradients that backward left, its hyper-parameters."""
 
-    group: dict[str, Any]
-    matrices: MatrixGroup
     lists: Lists
+    grads: list[Tensor]
+    hyper: Tensor
+    maximize: bool
 
 
-def precondition(work: Work, samples: Tensor, options: KFACOptions) -> None:
+def apply_(
+    work: Sequence[Work],
+    loose: list[Tensor],
+    samples: Tensor,
+    skipped: Tensor,
+    options: KFACOptions,
+    exchange: Exchange,
+) -> Tensor:
+    """P = G^-1 D A^-1 for every block, its size, momentum, decay, update.
+
+    Where a gradient, also of the `loose` parameters without a block, is not finite, nothing changes but the count
+    `skipped`. Returns whether all are finite, ().
+    """
+    for each in work:
+        applied = exchange.applied(each.lists.block_indices)
+        precondition(each, samples, options, applied)
+    exchange.updates_([each.lists.flat_updates for each in work])
+    norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
+    of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
+    finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
+    healthy = known_true(finite)
+    if not healthy:
+        skipped.add_(~finite)
+    for each, scale in zip(work, scales(work, norms, options), strict=True):
+        lists, hyper = each.lists, each.hyper[:OF_UPDATE]
+        if not healthy:
+            lists.flat_updates.masked_fill_(~finite, 0.0)
+            scale = torch.where(finite, scale, 0.0)
+            hyper = torch.where(finite, hyper, lists.idle)
+        of_row = (-scale if each.maximize else scale).unbind()
+        of_param = [of_row[row] for row in lists.row_of_param]
+        momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
+    if options.rescale != "none":
+        rescale_([p for each in work for p in each.lists.params if p.dim() > 1], options.rescale, finite)
+    return finite
+
+
+def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
     """From gradients to the steps of all blocks of a group, of whatever size they come out."""
     lists = work.lists
-    torch._foreach_copy_(lists.grads, [cast("Tensor", p.grad) for p in lists.params])
+    torch._foreach_copy_(lists.grads, work.grads)
     if options.reduction == "sum":
-        torch._foreach_div_(lists.row_grads, [samples[row.block.index] for row in lists.rows])
+        torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])
     if options.loss_scale != 1.0:
-        work.matrices.grads.div_(options.loss_scale)
-    for row in lists.rows:
-        row.block.solve(row.grad, row.update)
+        torch._foreach_div_(lists.row_grads, options.loss_scale)
+    for operator, grad, update, here in zip(lists.operators, lists.row_grads, lists.row_updates, applied, strict=True):
+        if here:
+            solve(operator, grad, update)
 
 
 def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
         return [
-            each.lists.root_sizes * (1 - each.group["momentum"]) / n.clamp_min(torch.finfo(n.dtype).tiny)
+            each.lists.root_sizes * each.hyper[SLOT["average"]] / n.clamp_min(torch.finfo(n.dtype).tiny)
             for each, n in zip(work, norms, strict=True)
         ]
     if options.update_size == "none" or not work:
         return [torch.ones_like(n) for n in norms]
-    products = [torch.dot(each.matrices.updates, each.matrices.grads) * each.group["lr"] ** 2 for each in work]
+    products = [
+        torch.dot(each.lists.flat_updates, each.lists.flat_grads) * each.hyper[SLOT["lr_squared"]] for each in work
+    ]
     nu = torch.sqrt(options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
     return [nu.expand_as(n) for n in norms]
-
-
-def hyper_vector(group: Mapping[str, Any], steps: int, options: KFACOptions, like: Tensor) -> Tensor:
-    """[lr, momentum, weight_decay, weight of the momentum, weight of the update]: see `momentum_update_`."""
-    momentum = group["momentum"]
-    ahead = (momentum, 1.0) if options.nesterov else (1.0, 0.0)
-    bias = 1 - momentum ** (steps + 1 + options.nesterov) if options.update_size == "rms" else 1.0
-    values = [group["lr"], momentum, group["weight_decay"], ahead[0] / bias, ahead[1] / bias]
-    if any(isinstance(v, Tensor) for v in values):
-        return torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values])
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def rescale_(weights: Sequence[Tensor], how: Rescale, happens: Tensor) -> None:

@@ -12,8 +12,10 @@ from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.capture import CaptureSwitch, attach_taps
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.health import EVENTS, HealthMonitor
+from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fisher import Loss, signals
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
+from triton_curv.optimizers.regions import fold_, refresh_
 
 IDLE = -1  # no renewal of inverses is under way
 CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE}  # saved with the first parameter group
@@ -34,11 +36,13 @@ class Curvature:
         grad_scaler: torch.amp.GradScaler | None,
         clock: dict[str, Any],
         per_block: Callable[[str], Tensor],
+        exchange: Exchange,
     ) -> None:
         self.options = options
         self.clock = clock
         self._scaler = grad_scaler
         self._per_block = per_block
+        self._exchange = exchange
         some = next(iter(next(iter(rules.values())).params.values()))
         wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
         dtype, device = torch.float64 if wide else torch.float32, some.device
@@ -59,6 +63,8 @@ class Curvature:
             for block in self.blocks.values():
                 if block.gains is not None and has_sample_rows(block.rule):
                     block.moments = Moments(block.rule, block.inverses)
+        self._moving = [block for block in self.blocks.values() if block.moments is not None]
+        self._turned = [block for block in self.blocks.values() if block.gains is not None]
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
@@ -139,14 +145,8 @@ class Curvature:
         if not self.all_seen:
             self._check_taps()
         how = self.options.normalisation(self.signal_scale)
-        if self.options.ekfac:
-            scale, weight = store.pending(how)
-            for block in self.blocks.values():
-                if block.moments is not None:
-                    rows = store.rows(block.keys["G"])
-                    block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
-                    block.renew_gains_()
-        store.fold_(how, None if self.options.adaptive is None else self._due_rows(steps))
+        due = None if self.options.adaptive is None else self._due_rows(steps)
+        fold_(store, self._moving, how, due, self._exchange)
         self.sampled = False
         self.draws = 0
 
@@ -201,18 +201,14 @@ class Curvature:
 
     def invert(self, keys: Sequence[FactorKey] | None = None, shifts: bool = True) -> None:
         """Region 2: renew damped inverses or eigenbases, all or those of some factors, with what follows from them."""
+        dampings = None
         if shifts:
             factor = self.options.damping_rule.factor(self.steps) * self.damping_gain
-            self.store.set_shifts_(self._per_block("damping") * factor, self._per_block("relative_damping") * factor)
-        self.store.invert_(keys)
-        if self.options.inverse == "eigen":
-            owners = {key.block for key in (self.store.keys if keys is None else keys)}
-            for block in self.blocks.values():
-                if block.moments is not None and block.index in owners:
-                    block.moments.restart_()
-                    self.clock["next_fold"] = self.steps + 1  # second moments in the new basis
-                if shifts or block.index in owners:
-                    block.renew_gains_()
+            dampings = self._per_block("damping") * factor, self._per_block("relative_damping") * factor
+        refresh_(self.store, self._turned, keys, dampings, self._exchange)
+        owners = None if keys is None else {key.block for key in keys}
+        if any(owners is None or block.index in owners for block in self._moving):
+            self.clock["next_fold"] = self.steps + 1  # second moments in the new basis
         self.inverted = True
         self.monitor.watch()
 

@@ -14,17 +14,18 @@ from triton_curv.errors import ConfigurationError
 from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
-from triton_curv.optimizers.apply import Work, hyper_vector, precondition, rescale_, scales
+from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.curvature import CLOCK, Curvature
+from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
+from triton_curv.optimizers.hyper import SLOT, HyperParameters
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
-from triton_curv_kernels import momentum_update_
 
 
 class KFAC(Optimizer):
@@ -148,6 +149,7 @@ class KFAC(Optimizer):
             relative_damping = 0.03 if damping is None else 0.0
         self._model = model
         self._scaler = grad_scaler
+        self._exchange: Exchange = Alone()
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -188,10 +190,14 @@ class KFAC(Optimizer):
 
         ordered = {name: rules[name] for group in blocks_of for name in group}
         clock = self.param_groups[0]
-        self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block)
+        self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block, self._exchange)
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         like = self._store.samples
         self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
+        self._hyper = HyperParameters(len(self._matrices), like.dtype, like.device)
+        self._group_of_block = torch.tensor(
+            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=like.device
+        )
         self._init_state()
         self._ready = True
 
@@ -292,13 +298,12 @@ class KFAC(Optimizer):
         self._curvature.sample_fisher(output, loss, mask=mask, dim=dim)
 
     def _per_block(self, key: str) -> Tensor:
-        like = self._store.samples
-        return torch.cat(
-            [
-                torch.as_tensor(group[key], dtype=like.dtype, device=like.device).expand(len(matrices.rows))
-                for group, matrices in zip(self.param_groups, self._matrices, strict=False)
-            ]
-        )
+        """A hyper-parameter as one number for each block."""
+        self._write_hyper_parameters()
+        return self._hyper.rows[:, SLOT[key]][self._group_of_block]
+
+    def _write_hyper_parameters(self) -> None:
+        self._hyper.write_(self.param_groups[: len(self._matrices)], self._steps, self.options)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -347,34 +352,20 @@ class KFAC(Optimizer):
         self.capture(self._curvature.wanted(steps))
 
     def _apply(self, steps: int) -> None:
-        """Region 3: P = G^-1 D A^-1 for every block, its size, momentum, decay, update."""
+        """Region 3, and the parameters without a block."""
+        self._write_hyper_parameters()
+        rows = zip(self.param_groups, self._matrices, self._hyper.of_group, strict=False)
         work = [
-            Work(group, matrices, lists)
-            for group, matrices in zip(self.param_groups, self._matrices, strict=False)
-            if (lists := matrices.active()).rows
+            Work(lists, [cast("Tensor", p.grad) for p in lists.params], hyper, group["maximize"])
+            for group, matrices, hyper in rows
+            if (lists := matrices.active()).params
         ]
-        for each in work:
-            precondition(each, self._store.samples, self.options)
-        norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
         loose = [cast("Tensor", p.grad) for _, params in self._loose() for p in params]
-        of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
-        finite = torch.cat([*norms, *of_loose, self._curvature.damping_gain.new_zeros(1)]).sum().isfinite()
+        curvature = self._curvature
+        finite = apply_(work, loose, self._store.samples, curvature.events[0], self.options, self._exchange)
         healthy = known_true(finite)
         if not healthy:
-            self._curvature.events[0].add_(~finite)
-            self._curvature.monitor.watch()
-        for each, scale in zip(work, scales(work, norms, self.options), strict=True):
-            hyper = hyper_vector(each.group, steps, self.options, self._store.samples)
-            if not healthy:
-                each.matrices.updates.masked_fill_(~finite, 0.0)
-                scale = torch.where(finite, scale, 0.0)
-                hyper = torch.where(finite, hyper, each.matrices.idle)
-            of_row = (-scale if each.group["maximize"] else scale).unbind()
-            of_param = [of_row[row] for row in each.lists.row_of_param]
-            momentum_update_(each.lists.params, each.lists.momenta, each.lists.updates, of_param, hyper)
-        if self.options.rescale != "none":
-            weights = [p for each in work for p in each.lists.params if p.dim() > 1]
-            rescale_(weights, self.options.rescale, finite)
+            curvature.monitor.watch()
         for group, params in self._loose():
             if params:
                 rule = FALLBACKS[self.options.fallback]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from triton_curv.blocks import Block
+from triton_curv.blocks.operator import Operator
 from triton_curv.errors import NoStatisticsError
 
 
@@ -30,17 +31,21 @@ class Row(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The rows that take part in a step, as the lists that multi-tensor operations take."""
+    """The blocks of a group that take part in a step, as the lists that multi-tensor operations take."""
 
-    rows: list[Row]
+    operators: list[Operator]
     params: list[Tensor]
     grads: list[Tensor]
     updates: list[Tensor]
     momenta: list[Tensor]
     row_grads: list[Tensor]
     row_updates: list[Tensor]
+    flat_grads: Tensor
+    flat_updates: Tensor
     root_sizes: Tensor
+    idle: Tensor  # hyper-parameters of a step that changes nothing: see `momentum_update_`
     row_of_param: list[int]
+    block_indices: list[int]
 
 
 class MatrixGroup:
@@ -57,7 +62,6 @@ class MatrixGroup:
             views = [block.rule.views(matrix) for matrix in matrices]
             parts = tuple(Part(param, *(view[name] for view in views)) for name, param in block.rule.params.items())
             self.rows.append(Row(block, matrices[0], matrices[1], parts))
-        # hyper-parameters of a step that changes nothing: see `momentum_update_`
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: tuple[tuple[bool, ...], Lists] | None = None
 
@@ -81,13 +85,17 @@ class MatrixGroup:
         parts = [part for row in rows for part in row.parts]
         sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
         return Lists(
-            rows=rows,
+            operators=[row.block.operator for row in rows],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],
             updates=[part.update for part in parts],
             momenta=[part.momentum for part in parts],
             row_grads=[row.grad for row in rows],
             row_updates=[row.update for row in rows],
+            flat_grads=self.grads,
+            flat_updates=self.updates,
             root_sizes=sizes.sqrt(),
+            idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
+            block_indices=[row.block.index for row in rows],
         )

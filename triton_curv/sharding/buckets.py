@@ -74,6 +74,12 @@ def even_splits(length: int, ranks: int) -> tuple[int, ...]:
     return tuple(max(0, min(share, length - rank * share)) for rank in range(ranks))
 
 
+def even_share(length: int, ranks: int, start: int, stop: int) -> int:
+    """What ranks start, ..., stop - 1 of `ranks` hold together: sum(even_splits(length, ranks)[start:stop])."""
+    share = -(-length // ranks)
+    return min(length, stop * share) - min(length, start * share)
+
+
 def overlaps(source: Sequence[int], target: Sequence[int], rank: int) -> tuple[int, ...]:
     """What `rank` sends to each rank when a buffer shared out as `source` is to be shared out as `target`.
 

@@ -16,7 +16,8 @@ class Machine:
         memory_bytes: bytes/s of device memory.
         launch_ns: the least time of one operation on one layer, in ns.
         node: ranks that share a node.
-        node_bytes, network_bytes: bytes/s that one rank sends inside its node, and to other nodes.
+        node_bytes: bytes/s that one rank sends inside its node.
+        network_bytes: bytes/s that all ranks of a node together send to other nodes.
         node_latency_ns, network_latency_ns: time of one hop of a ring, in ns.
 
     """
@@ -43,7 +44,7 @@ V100 = Machine(
     launch_ns=20_000,
     node=4,
     node_bytes=40 * GIGA,
-    network_bytes=5 * GIGA,
+    network_bytes=20 * GIGA,
     **HOP_NS,
 )
 A100 = Machine(
@@ -54,7 +55,7 @@ A100 = Machine(
     launch_ns=15_000,
     node=8,
     node_bytes=200 * GIGA,
-    network_bytes=20 * GIGA,
+    network_bytes=160 * GIGA,
     **HOP_NS,
 )
 H100 = Machine(
@@ -65,19 +66,20 @@ H100 = Machine(
     launch_ns=12_000,
     node=8,
     node_bytes=350 * GIGA,
-    network_bytes=40 * GIGA,
+    network_bytes=320 * GIGA,
     **HOP_NS,
 )
 
 
-def _nanoseconds(amount: int, per_second: int) -> int:
+def nanoseconds(amount: int, per_second: int) -> int:
+    """Time for an amount of work at a rate, rounded up."""
     return -(-amount * GIGA // per_second)
 
 
 def inverse_ns(factor: FactorSize, machine: Machine, itemsize: int = 4) -> int:
     """Time of the damped inverses of one factor: FLOPs or bytes, whichever takes longer, and one launch."""
     cost = inverse_cost(factor.size, factor.batch, itemsize)
-    busy = max(_nanoseconds(cost.flops, machine.inverse_flops), _nanoseconds(cost.bytes, machine.memory_bytes))
+    busy = max(nanoseconds(cost.flops, machine.inverse_flops), nanoseconds(cost.bytes, machine.memory_bytes))
     return machine.launch_ns + busy
 
 
@@ -86,5 +88,5 @@ def apply_ns(layer: LayerSize, machine: Machine, itemsize: int = 4) -> int:
     batch, rows, columns = layer.matrix
     moved = apply_cost(rows, columns, batch, itemsize).bytes - batch * (rows**2 + columns**2) * itemsize
     moved += sum(factor.dense for factor in layer.factors) * itemsize
-    busy = max(_nanoseconds(layer.apply_flops, machine.product_flops), _nanoseconds(moved, machine.memory_bytes))
+    busy = max(nanoseconds(layer.apply_flops, machine.product_flops), nanoseconds(moved, machine.memory_bytes))
     return machine.launch_ns + busy

@@ -1,14 +1,13 @@
 """Which rank inverts which factor and preconditions which layer. Integers in, integers out."""
 
 import hashlib
-import heapq
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from triton_curv.errors import ConfigurationError
+from triton_curv.sharding.balance import Work, least_time, longest_first, share_out
 from triton_curv.sharding.buckets import Bucket, bucket_of
 from triton_curv.sharding.costs import A100, Machine, apply_ns, inverse_ns
 from triton_curv.sharding.grid import Grid, grid_for
@@ -189,36 +188,12 @@ class Plan:
     @cached_property
     def lower_bound(self) -> int:
         """ns that the busiest rank of any plan on this grid needs, over one inverse_interval."""
-        interval, rows = self.options.inverse_interval, self.grid.rows
-        costs = [(interval * apply, inverses) for apply, inverses in _costs(self.layers, self.options)]
-        applies, inverses = sum(apply for apply, _ in costs), [ns for _, own in costs for ns in own]
-        mean = -(-(sum(inverses) + rows * applies) // self.grid.size)
-        alone = max(apply + max(own) for apply, own in costs)
-        bounds = [mean, alone, pigeonhole([apply + sum(own) // rows for apply, own in costs], self.grid.columns)]
-        if self.grid.columns == 1:
-            bounds.append(applies + pigeonhole(inverses, rows))
-        return max(bounds)
+        return least_time(_works(_costs(self.layers, self.options), self.options), self.grid.rows, self.grid.columns)
 
     @property
     def balance(self) -> float:
         """Critical path over its lower bound; 1 is perfect. With one row longest-first is within 4/3 of the best."""
         return self.critical_path / self.lower_bound
-
-
-class Work(NamedTuple):
-    """ns of preconditioning, of all inverses, and of the longest inverse of a column of ranks."""
-
-    apply: int
-    inverses: int
-    longest: int
-
-    def and_(self, other: "Work") -> "Work":
-        """Both in one column."""
-        return Work(self.apply + other.apply, self.inverses + other.inverses, max(self.longest, other.longest))
-
-    def time(self, rows: int) -> int:
-        """ns until the busiest of the column's ranks is done, if inverses share out as well as they can."""
-        return self.apply + max(self.longest, -(-self.inverses // rows))
 
 
 def make_plan(layers: Sequence[LayerSize], options: PlanOptions) -> Plan:
@@ -230,7 +205,7 @@ def make_plan(layers: Sequence[LayerSize], options: PlanOptions) -> Plan:
         raise ConfigurationError("expected at least one layer, got none")
     grid = grid_for(options.world_size, options.shard_size or options.world_size, options.grad_worker_fraction)
     costs = _costs(layers, options)
-    columns = _columns(costs, options.inverse_interval, grid)
+    columns = share_out(_works(costs, options), grid.rows, grid.columns)
     members: dict[int, list[tuple[int, int]]] = {}
     for i, column in enumerate(columns):
         members.setdefault(column, []).extend((i, factor) for factor in range(len(layers[i].factors)))
@@ -242,43 +217,13 @@ def make_plan(layers: Sequence[LayerSize], options: PlanOptions) -> Plan:
     return Plan(tuple(layers), options, grid, tuple(columns), tuple(map(tuple, inverters)))
 
 
-def _columns(costs: Sequence[tuple[int, tuple[int, ...]]], interval: int, grid: Grid) -> list[int]:
-    """The column of each layer: the longest first, each to where its ranks then are busy for the shortest time.
-
-    A column's ranks all precondition its layers and share out its inverses, of which the longest is not divided.
-    """
-    works = [Work(interval * apply, sum(own), max(own)) for apply, own in costs]
-    columns = [Work(0, 0, 0)]  # those with layers, and one empty one
-    chosen = [0] * len(works)
-    for layer in sorted(range(len(works)), key=lambda layer: -works[layer].time(grid.rows)):
-        sums = [column.and_(works[layer]) for column in columns]
-        place = min(range(len(columns)), key=lambda column: sums[column].time(grid.rows))
-        chosen[layer], columns[place] = place, sums[place]
-        if place == len(columns) - 1 and len(columns) < grid.columns:
-            columns.append(Work(0, 0, 0))
-    return chosen
-
-
-def longest_first(costs: Sequence[int], bins: int) -> list[int]:
-    """The bin of each item: from the longest to the shortest, each goes where least is (Graham 1969: within 4/3)."""
-    heap = [(0, place) for place in range(bins)]
-    chosen = [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):  # stable: equal items in their order
-        load, place = heap[0]
-        heapq.heapreplace(heap, (load + costs[item], place))
-        chosen[item] = place
-    return chosen
-
-
-def pigeonhole(costs: Sequence[int], bins: int) -> int:
-    """The most that j + 1 items which must share a bin can weigh at least: of the j * bins + 1 longest, the last."""
-    longest = sorted(costs, reverse=True)
-    return max(sum(longest[j * bins - j : j * bins + 1]) for j in range(-(-len(costs) // bins)))
-
-
 def _costs(layers: Sequence[LayerSize], options: PlanOptions) -> list[tuple[int, tuple[int, ...]]]:
     """For each layer the ns of preconditioning it, and of inverting each of its factors."""
     machine = options.machine
     return [
         (apply_ns(layer, machine), tuple(inverse_ns(factor, machine) for factor in layer.factors)) for layer in layers
     ]
+
+
+def _works(costs: Sequence[tuple[int, tuple[int, ...]]], options: PlanOptions) -> list[Work]:
+    return [Work(options.inverse_interval * apply, inverses) for apply, inverses in costs]

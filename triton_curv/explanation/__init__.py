@@ -1,0 +1,7 @@
+"""What K-FAC does to a model before a step is taken: coverage, memory, FLOPs, refresh cost, from shapes alone."""
+
+from triton_curv.explanation.explain import explain
+from triton_curv.explanation.layers import Explanation, LayerRow
+from triton_curv.explanation.page import write_page
+
+__all__ = ["Explanation", "LayerRow", "explain", "write_page"]
