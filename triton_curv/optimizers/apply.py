@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.operator import solve
+from triton_curv.blocks.operator import Sums, solve_all
 from triton_curv.hostcheck import known_true
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.hyper import OF_UPDATE, SLOT
@@ -39,17 +39,18 @@ def apply_(
     Where a gradient, also of the `loose` parameters without a block, is not finite, nothing changes but the count
     `skipped`. Returns whether all are finite, ().
     """
-    for each in work:
-        applied = exchange.applied(each.lists.block_indices)
-        precondition(each, samples, options, applied)
+    sums = [precondition(each, samples, options, exchange.applied(each.lists.block_indices)) for each in work]
     exchange.updates_([each.lists.flat_updates for each in work])
-    norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
+    norms = [
+        torch.stack(torch._foreach_norm(each.lists.row_updates)) if known is None else known.squares.sqrt()
+        for each, known in zip(work, sums, strict=True)
+    ]
     of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
         skipped.add_(~finite)
-    for each, scale in zip(work, scales(work, norms, options), strict=True):
+    for each, scale in zip(work, scales(work, norms, sums, options), strict=True):
         lists, hyper = each.lists, each.hyper[:OF_UPDATE]
         if not healthy:
             lists.flat_updates.masked_fill_(~finite, 0.0)
@@ -63,20 +64,25 @@ def apply_(
     return finite
 
 
-def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
-    """From gradients to the steps of all blocks of a group, of whatever size they come out."""
+def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> Sums | None:
+    """From gradients to the steps of all blocks of a group, of whatever size they come out; their sums, if known."""
     lists = work.lists
     torch._foreach_copy_(lists.grads, work.grads)
     if options.reduction == "sum":
         torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])
     if options.loss_scale != 1.0:
         torch._foreach_div_(lists.row_grads, options.loss_scale)
-    for operator, grad, update, here in zip(lists.operators, lists.row_grads, lists.row_updates, applied, strict=True):
-        if here:
-            solve(operator, grad, update)
+    if all(applied):
+        return solve_all(lists.operators, lists.row_grads, lists.row_updates)
+    here = [i for i, is_here in enumerate(applied) if is_here]
+    operators, grads = [lists.operators[i] for i in here], [lists.row_grads[i] for i in here]
+    solve_all(operators, grads, [lists.row_updates[i] for i in here])
+    return None
 
 
-def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions) -> list[Tensor]:
+def scales(
+    work: Sequence[Work], norms: Sequence[Tensor], sums: Sequence[Sums | None], options: KFACOptions
+) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
         return [
@@ -86,7 +92,9 @@ def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions) 
     if options.update_size == "none" or not work:
         return [torch.ones_like(n) for n in norms]
     products = [
-        torch.dot(each.lists.flat_updates, each.lists.flat_grads) * each.hyper[SLOT["lr_squared"]] for each in work
+        (torch.dot(each.lists.flat_updates, each.lists.flat_grads) if known is None else known.products.sum())
+        * each.hyper[SLOT["lr_squared"]]
+        for each, known in zip(work, sums, strict=True)
     ]
     nu = torch.sqrt(options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
     return [nu.expand_as(n) for n in norms]
