@@ -39,18 +39,17 @@ def apply_(
     Where a gradient, also of the `loose` parameters without a block, is not finite, nothing changes but the count
     `skipped`. Returns whether all are finite, ().
     """
-    sums = [precondition(each, samples, options, exchange.applied(each.lists.block_indices)) for each in work]
-    exchange.updates_([each.lists.flat_updates for each in work])
-    norms = [
-        torch.stack(torch._foreach_norm(each.lists.row_updates)) if known is None else known.squares.sqrt()
-        for each, known in zip(work, sums, strict=True)
-    ]
+    every = [each.lists for each in work]
+    exchange.matrices_(every, [each.grads for each in work])
+    sums = [precondition(lists, samples, options, exchange.applied(lists.block_indices)) for lists in every]
+    exchange.updates_(every)
+    norms = exchange.norms(every, sums)
     of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
         skipped.add_(~finite)
-    for each, scale in zip(work, scales(work, norms, sums, options), strict=True):
+    for each, scale in zip(work, scales(work, norms, sums, options, exchange), strict=True):
         lists, hyper = each.lists, each.hyper[:OF_UPDATE]
         if not healthy:
             lists.flat_updates.masked_fill_(~finite, 0.0)
@@ -64,10 +63,8 @@ def apply_(
     return finite
 
 
-def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> Sums | None:
+def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> Sums | None:
     """From gradients to the steps of all blocks of a group, of whatever size they come out; their sums, if known."""
-    lists = work.lists
-    torch._foreach_copy_(lists.grads, work.grads)
     if options.reduction == "sum":
         torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])
     if options.loss_scale != 1.0:
@@ -81,7 +78,11 @@ def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Seq
 
 
 def scales(
-    work: Sequence[Work], norms: Sequence[Tensor], sums: Sequence[Sums | None], options: KFACOptions
+    work: Sequence[Work],
+    norms: Sequence[Tensor],
+    sums: Sequence[Sums | None],
+    options: KFACOptions,
+    exchange: Exchange,
 ) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
@@ -91,11 +92,8 @@ def scales(
         ]
     if options.update_size == "none" or not work:
         return [torch.ones_like(n) for n in norms]
-    products = [
-        (torch.dot(each.lists.flat_updates, each.lists.flat_grads) if known is None else known.products.sum())
-        * each.hyper[SLOT["lr_squared"]]
-        for each, known in zip(work, sums, strict=True)
-    ]
+    pairs = zip(work, exchange.products([each.lists for each in work], sums), strict=True)
+    products = [product * each.hyper[SLOT["lr_squared"]] for each, product in pairs]
     nu = torch.sqrt(options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
     return [nu.expand_as(n) for n in norms]
 
