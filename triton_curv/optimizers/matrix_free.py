@@ -222,7 +222,7 @@ class MatrixFree(Optimizer):
         self._count_step()
         return -loss if self._shared("maximize") else loss
 
-    def _freeze(self, closure: Closure) -> FrozenClosure:
+    def _freeze(self, closure: Closure, eager: bool = True) -> FrozenClosure:
         if not callable(closure):
             raise ClosureError(
                 f"{type(self).__name__}.step needs a closure that computes the loss and does not call backward(), "
@@ -230,7 +230,7 @@ class MatrixFree(Optimizer):
             )
         if self._kfac is not None:
             self._kfac.taps_off()
-        return FrozenClosure(self.model, closure)
+        return FrozenClosure(self.model, closure, eager)
 
     def _trained(self) -> dict[str, Parameter]:
         return {self._names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}

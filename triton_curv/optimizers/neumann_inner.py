@@ -84,7 +84,8 @@ class NeumannInner(MatrixFree):
 
         """
         maximize = self._shared("maximize")
-        frozen = self._freeze(negated(closure) if maximize else closure)
+        # gradients alone: what is compiled may stay so
+        frozen = self._freeze(negated(closure) if maximize else closure, eager=False)
         params = list(self._trained().values())
         eta, damping = number(self._shared("inner_lr")), number(self._shared("damping"))
         trial = Trial(params, frozen, as_loss)
