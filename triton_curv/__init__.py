@@ -19,6 +19,7 @@ from triton_curv.optimizers.neumann_inner import NeumannInner
 from triton_curv.optimizers.newton_cg import NewtonCG
 from triton_curv.optimizers.sgn import SGN
 from triton_curv.schedules import AdaptiveInterval, EpochInterval, PolynomialDecay
+from triton_curv.sharding.options import Sharding
 from triton_curv_autotune import install as _install_chooser
 
 __version__ = "0.1.0"
@@ -40,6 +41,8 @@ __all__ = [
     "LevenbergMarquardt",
     "ScheduledDamping",
     "WarmupDamping",
+    # ranks
+    "Sharding",
     # schedules
     "AdaptiveInterval",
     "EpochInterval",

@@ -23,3 +23,11 @@ class StateMismatchError(TritonCurvError, ValueError):
 
 class SparseGradientError(TritonCurvError, RuntimeError):
     """A sparse gradient, for an update that moves every weight."""
+
+
+class RankMismatchError(TritonCurvError, RuntimeError):
+    """Ranks that are to train one model have different ones, or are told to do different things."""
+
+
+class NotOwnedError(TritonCurvError, RuntimeError):
+    """Curvature was asked for on a rank that does not hold it."""

@@ -72,7 +72,7 @@ def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
     def copy(item: Any) -> Any:
         if isinstance(item, Tensor):
-            same = item.clone(memory_format=torch.preserve_format)
+            same = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=item.device).copy_(item)
             return same if dtype is None or not same.is_floating_point() else same.to(dtype)
         return [copy(part) for part in item] if isinstance(item, list) else item
 
@@ -133,6 +133,8 @@ class GpuBench:
             inputs = op.make_inputs(problem, self.device)
             count = max(2, min(policy.calls, SCRATCH // max(1, bytes_of(inputs))))
             scratch = [copied(inputs) for _ in range(count)]
+            for inputs in scratch:  # tables of addresses are made now, and not in a graph
+                op.launch(inputs, configs[0])
             graphs = [_graph(op, scratch, config, policy.calls) for config in configs]
             flush = torch.empty(self._flush, dtype=torch.int8, device=self.device)
             _warm_clocks(self.device, policy.warm_ms)

@@ -175,7 +175,7 @@ def _check(entry: Entry) -> None:
     try:
         own_bucket = op.bucket(problem) == problem
         supported = own_bucket and op.supports(entry.config, problem)
-    except (ArithmeticError, ValueError) as error:  # of sizes that no tensor has
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of sizes that no tensor has
         raise InvalidEntryError(f"a problem that can't be: {error}") from None
     if not own_bucket or not supported:
         raise InvalidEntryError(f"{entry.config} is no config for {problem}")

@@ -85,11 +85,15 @@ def digest(data: Any) -> str:
 def encode(value: Any) -> dict[str, Any]:
     """A problem, configuration or environment as JSON; a problem's device is not a part: the environment holds it."""
     named = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return {
-        name: str(item).removeprefix("torch.") if isinstance(item, torch.dtype) else item
-        for name, item in named.items()
-        if not isinstance(item, DeviceLimits)
-    }
+    return {name: _plain(item) for name, item in named.items() if not isinstance(item, DeviceLimits)}
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, torch.dtype):
+        return str(item).removeprefix("torch.")
+    if isinstance(item, tuple):
+        return [_plain(part) for part in item]
+    return encode(item) if dataclasses.is_dataclass(item) else item
 
 
 def full_key(environment: Environment, op: str, source: str, problem: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +19,6 @@ P = TypeVar("P")
 C = TypeVar("C")
 Inputs = tuple[Any, ...]
 """Arguments of an op: tensors, lists of tensors, numbers."""
-
-
-KEPT = 256
-"""Problems whose candidates an op keeps."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,10 @@ class Op(Generic[P, C]):
         make_inputs: (problem, device) -> the op's arguments, seeded; called again, it gives the same.
         launch: runs the kernels on such arguments with a config; returns the tensors that hold the results.
         reference: the same in plain torch, on arguments of any floating dtype.
-        describe: the problems that a call of the op with these arguments asks for, whatever the tensors' device.
+        describe: (op, problem) of all choices that a call with these arguments asks for, whatever the tensors' device.
         examples: problems to tune where nobody says which, on the default device.
+        instruction: which matrix instruction a config compiles to, where that is not the same for all: it may round in
+            another way, so it counts as one of the `numerics`.
 
     """
 
@@ -60,9 +58,10 @@ class Op(Generic[P, C]):
     make_inputs: Callable[[P, torch.device], Inputs]
     launch: Callable[[Inputs, C], list[Tensor]]
     reference: Callable[[Inputs], list[Tensor]]
-    describe: Callable[[Inputs], list[P]]
+    describe: Callable[[Inputs], list[tuple[str, Any]]]
     examples: tuple[P, ...]
-    _fitting: dict[P, dict[C, None]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    instruction: Callable[[C], Hashable] = lambda config: None
+    _spaces: dict[int, frozenset[C]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def source(self) -> str:
@@ -71,32 +70,40 @@ class Op(Generic[P, C]):
 
     def candidates(self, problem: P) -> list[C]:
         """The default, then all others that fit the problem."""
-        return list(self._candidates(problem))
+        return list(dict.fromkeys([self.default(problem), *self.prune(self.configs, problem)]))
 
     def supports(self, config: C, problem: P) -> bool:
         """Whether a config from anywhere may run on the problem."""
-        return type(config) is self.config and config in self._candidates(problem)
+        if type(config) is not self.config:
+            return False
+        return config == self.default(problem) or (config in self._space and bool(self.prune([config], problem)))
 
-    def _candidates(self, problem: P) -> dict[C, None]:
-        """As a dict for its order and quick look-ups, and kept: a large space takes milliseconds to prune."""
-        found = self._fitting.get(problem)
-        if found is None:
-            found = dict.fromkeys([self.default(problem), *self.prune(self.configs, problem)])
-            if len(self._fitting) >= KEPT:
-                self._fitting.clear()
-            self._fitting[problem] = found
-        return found
+    @property
+    def _space(self) -> frozenset[C]:
+        """The configs, made once: a large space takes milliseconds to go through."""
+        known = self._spaces.get(id(self.configs))
+        if known is None:
+            self._spaces.clear()
+            known = self._spaces[id(self.configs)] = frozenset(self.configs)
+        return known
 
     def pinned(self, problem: P) -> C:
-        """The default with its `numerics` chosen by shape alone: as on a device that is always the same."""
+        """The default with its `numerics` chosen by shape alone: as on a device that is always the same.
+
+        Where this device can't run such a config at all, its own default.
+        """
         neutral = self.default(self.on(problem, NO_DEVICE))
         fields = {name: getattr(neutral, name) for name in self.numerics}
         config: C = dataclasses.replace(self.default(problem), **fields)  # type: ignore[type-var]  # a dataclass
-        return config if config in self.prune([*self.configs, config], problem) else neutral
+        if self.supports(config, problem) and self.instruction(config) == self.instruction(neutral):
+            return config
+        fitting = (c for c in self.prune([neutral, *self.configs], problem) if self.same_numerics(c, neutral))
+        return next(fitting, self.default(problem))
 
     def same_numerics(self, config: C, other: C) -> bool:
         """Whether two configs give equal results, bit for bit."""
-        return all(getattr(config, name) == getattr(other, name) for name in self.numerics)
+        same_fields = all(getattr(config, name) == getattr(other, name) for name in self.numerics)
+        return same_fields and self.instruction(config) == self.instruction(other)
 
     def on(self, problem: P, limits: DeviceLimits) -> P:
         """The same problem on another device."""
@@ -104,14 +111,17 @@ class Op(Generic[P, C]):
 
     def distance(self, problem: P, other: P) -> float:
         """Octaves between the sizes of two problems; infinite if they differ in more than sizes."""
-        octaves = 0.0
-        for part in dataclasses.fields(problem):  # type: ignore[arg-type]  # a dataclass
-            one, two = getattr(problem, part.name), getattr(other, part.name)
-            if type(one) is int and type(two) is int:
-                octaves += abs(math.log2(max(one, 1) / max(two, 1)))
-            elif one != two:
-                return math.inf
-        return octaves
+        names = [part.name for part in dataclasses.fields(problem)]  # type: ignore[arg-type]  # a dataclass
+        return sum(_octaves(getattr(problem, name), getattr(other, name)) for name in names)
+
+
+def _octaves(one: Any, two: Any) -> float:
+    """Between numbers, or the farthest of numbers in tuples; infinite between other things that differ."""
+    if type(one) is int and type(two) is int:
+        return abs(math.log2(max(one, 1) / max(two, 1)))
+    if type(one) is tuple and type(two) is tuple and len(one) == len(two):
+        return max((_octaves(*pair) for pair in zip(one, two, strict=True)), default=0.0)
+    return 0.0 if one == two else math.inf
 
 
 _ops: dict[str, Op[Any, Any]] = {}

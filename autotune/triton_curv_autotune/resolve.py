@@ -31,7 +31,7 @@ from triton_curv_autotune.registry import Op, get_op
 from triton_curv_autotune.store import Store, default_store
 from triton_curv_autotune.table import Table, shipped_entries, shipped_tables
 from triton_curv_kernels.backend import DeviceLimits
-from triton_curv_kernels.choice import set_chooser
+from triton_curv_kernels.choice import forget_answers, set_chooser
 
 Config = Any
 """A kernel's own frozen config dataclass; this package only carries it."""
@@ -221,6 +221,7 @@ class Resolver:
     def _forget_choices(self) -> None:
         """Fresh dicts instead of cleared ones: a look-up that is under way in another thread ends in the old ones."""
         self._choices = ({}, {})
+        forget_answers()
 
 
 def _add(table: dict[Any, _Known], source: Source, entries: Iterable[Entry]) -> None:

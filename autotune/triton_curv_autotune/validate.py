@@ -55,7 +55,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def decode(cls: type[T], data: Any, limits: DeviceLimits | None = None) -> T:
-    """A frozen dataclass of numbers, strings, dtypes and Literals; a `limits` field is given, not read.
+    """A frozen dataclass of numbers, strings, dtypes, Literals, and of tuples and dataclasses of such.
+
+    A `limits` field is given, not read.
 
     Raises:
         InvalidEntryError: a field missing, unknown or of another type.
@@ -94,7 +96,19 @@ def _value(name: str, hint: Any, value: Any) -> Any:
         return float(value)
     if hint in (bool, str) and type(value) is hint:
         return value
+    if get_origin(hint) is tuple and type(value) is list:
+        return _tuple(name, get_args(hint), value)
+    if dataclasses.is_dataclass(hint):
+        return decode(hint, value)  # type: ignore[arg-type]  # a class
     raise InvalidEntryError(f"expected {name} of {hint}, got {value!r:.60}")
+
+
+def _tuple(name: str, hints: tuple[Any, ...], values: list[Any]) -> tuple[Any, ...]:
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(values)
+    if len(hints) != len(values):
+        raise InvalidEntryError(f"expected {name} of {len(hints)} items, got {len(values)}")
+    return tuple(_value(f"{name}[{place}]", *pair) for place, pair in enumerate(zip(hints, values, strict=True)))
 
 
 def member(data: Any, name: str, kind: type[T]) -> T:

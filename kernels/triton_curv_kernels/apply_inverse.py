@@ -30,6 +30,7 @@ from triton_curv_kernels.apply_inverse_config import (
 from triton_curv_kernels.apply_inverse_kernels import finish_kernel, first_kernel, second_kernel
 from triton_curv_kernels.apply_inverse_work import flat_work_of, work_of
 from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.damped_inverse_reference import is_traced
 
 __all__ = [
@@ -121,9 +122,7 @@ def launch_apply_damped_inverse(
                     f"{tensor.stride()}"
                 )
     some = grads[0]
-    if config is None:
-        numel = sum(grad.numel() for grad in grads)
-        config = default_config(ApplyProblem(numel, some.dtype, device_limits(some.device)))
+    config = config or _chosen(grads, inverse_A)
     flat = is_traced(some)
     work = (flat_work_of if flat else work_of)(*lists, config.BLOCK)
     bases = [torch.cat([t.reshape(-1) for t in ts]) for ts in lists] if flat else [tensors[0] for tensors in lists]
@@ -161,6 +160,16 @@ def launch_apply_damped_inverse(
         pieces = update.split([u.numel() for u in updates])
         torch._foreach_copy_(updates, [piece.view(u.shape) for piece, u in zip(pieces, updates, strict=True)])
     return products, squares, clip
+
+
+def _chosen(grads: Sequence[Tensor], inverse_A: Sequence[Tensor]) -> ApplyConfig:
+    some, shapes = grads[0], tuple((grad.shape, of_a.dim() > 1) for grad, of_a in zip(grads, inverse_A, strict=True))
+    return choose_once(
+        "apply_damped_inverse",
+        (shapes, some.dtype, some.device),
+        lambda: ApplyProblem.of(shapes, some.dtype, device_limits(some.device)),
+        default_config,
+    )
 
 
 def _check(
@@ -208,6 +217,7 @@ def _apply_damped_inverse_op(
     kl_clip: Tensor | None = None,
     lr: Tensor | None = None,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (updates, grads, inverse_A, inverse_G, kl_clip, lr)
     if use_reference(grads[0]) or not supports(updates, grads, inverse_A, inverse_G):
@@ -234,7 +244,7 @@ def apply_damped_inverse(
         inverse_G: symmetric, (r, r) or (b, r, r).
         kl_clip: 0-dim, on the device; None: nothing is clipped.
         lr: 0-dim or (layers,), on the device; given with `kl_clip`.
-        config: tiling of the Triton kernels; None means `default_config`.
+        config: tiling of the Triton kernels; None means the tuner's choice, `default_config` without one.
 
     Returns:
         products <P, D> (layers,), squares ||P||^2 (layers,), clip () = min(1, sqrt(kl_clip / sum lr^2 <P, D>)) or 1.
@@ -249,4 +259,4 @@ def apply_damped_inverse(
         _check(*arguments)
         return Applied(*apply_damped_inverse_reference(*arguments))
     ints = None if config is None else config.to_ints()
-    return Applied(*torch.ops.triton_curv.apply_damped_inverse(*arguments, ints))
+    return Applied(*torch.ops.triton_curv.apply_damped_inverse(*arguments, ints, tables_key()))

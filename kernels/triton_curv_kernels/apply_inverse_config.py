@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Literal
 
 import torch
@@ -15,11 +16,31 @@ PRECISIONS: tuple[Precision, ...] = ("ieee", "tf32x3")
 
 @dataclass(frozen=True)
 class ApplyProblem:
-    """What the best configuration depends on: elements of the gradients in all, their dtype, the device's `limits`."""
+    """What the best configuration depends on: elements of the gradients in all, their dtype, the device's `limits`.
+
+    `side`: of square gradients that take as many products for each element as these do on average. `aligned`: rows and
+    columns of all are multiples of 16 bytes.
+    """
 
     numel: int
     dtype: torch.dtype
     limits: DeviceLimits = NO_DEVICE
+    side: int = 256
+    aligned: bool = True
+
+    @classmethod
+    def of(
+        cls, shapes: Sequence[tuple[Sequence[int], bool]], dtype: torch.dtype, limits: DeviceLimits = NO_DEVICE
+    ) -> "ApplyProblem":
+        """Describe a launch over gradients, by shape (..., r, c) and whether there are two factors."""
+        numel = products = 0
+        for shape, is_pair in shapes:
+            elements, (r, c) = prod(shape), shape[-2:]
+            numel += elements
+            products += elements * ((r + c) // 2 if is_pair else r)
+        vector = 16 // dtype.itemsize
+        aligned = all(size % vector == 0 for shape, _ in shapes for size in shape[-2:])
+        return cls(numel, dtype, limits, products // max(1, numel), aligned)
 
 
 @dataclass(frozen=True)

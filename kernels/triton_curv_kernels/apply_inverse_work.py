@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
+from threading import Lock
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -41,6 +42,7 @@ class ApplyWork(NamedTuple):
 
 
 _cache: OrderedDict[tuple[object, ...], ApplyWork] = OrderedDict()
+_lock = Lock()
 
 
 def work_of(
@@ -56,14 +58,16 @@ def work_of(
     """
     lists = (grads, inverse_A, inverse_G, updates)
     key = (block, *((t.data_ptr(), t.shape, t.stride(), t.device) for tensors in lists for t in tensors))
-    work = _cache.get(key)
-    if work is not None:
-        _cache.move_to_end(key)
-        return work
+    with _lock:
+        if (work := _cache.get(key)) is not None:
+            _cache.move_to_end(key)
+            return work
     strides = [[(t.data_ptr(), *_steps(t)) for t in tensors] for tensors in lists]
-    _cache[key] = work = _make(lists, strides, grads[0].itemsize, 16, block)
-    if len(_cache) > KEPT:
-        _cache.popitem(last=False)
+    work = _make(lists, strides, grads[0].itemsize, 16, block)
+    with _lock:
+        _cache[key] = work
+        if len(_cache) > KEPT:
+            _cache.popitem(last=False)
     return work
 
 

@@ -367,7 +367,7 @@ def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig 
     if all(t.numel() == 0 for t in a):
         check()
         return torch.zeros(2, dtype=torch.float32, device=device)
-    config = config or default_for(ListProblem.of(lists[0]))
+    config = config or choose("cg_dots", ListProblem.of(lists[0]), default_for)
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
     kernel = wrap_triton(_cg_dots_kernel)
     dots = torch.empty(2, dtype=torch.float32, device=device)
@@ -388,7 +388,7 @@ def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig 
 
 
 @triton_op("triton_curv::cg_dots", mutates_args=())
-def _cg_dots_op(a: list[Tensor], b: list[Tensor], config: list[int] | None = None) -> Tensor:
+def _cg_dots_op(a: list[Tensor], b: list[Tensor], config: list[int] | None = None, tables: str = "") -> Tensor:
     if use_reference(a[0]) or not supports(a, b):
         return torch.stack([cg_dot_reference(a, b), cg_dot_reference(a, a)])
     return launch_cg_dots(a, b, None if config is None else ListConfig.from_ints(config))
@@ -505,7 +505,8 @@ def cg_dots(a: list[Tensor], b: list[Tensor], config: ListConfig | None = None) 
     """
     if _dots_by_reference(a, b):
         return cg_dot_reference(a, b), cg_dot_reference(a, a)
-    ab, aa = torch.ops.triton_curv.cg_dots(a, b, None if config is None else config.to_ints()).unbind()
+    ints = None if config is None else config.to_ints()
+    ab, aa = torch.ops.triton_curv.cg_dots(a, b, ints, tables_key()).unbind()
     return ab, aa
 
 

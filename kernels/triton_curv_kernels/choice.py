@@ -1,10 +1,10 @@
 """Which configuration a launcher takes where its caller names none: the op's analytic default, or a chooser's answer.
 
-A launcher asks `config or choose("accumulate_factor_", problem, default_config)`. The tuner's package installs
-the chooser, so that kernels import nothing of it.
+A launcher asks `config or choose("accumulate_factor_", problem, default_config)`, or `choose_once` where describing the
+problem takes longer than looking it up. The tuner's package installs the chooser, so that kernels import nothing of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -19,8 +19,11 @@ Config = TypeVar("Config")
 Chooser = Callable[[str, Any], Any]
 """(op, problem) -> config; a look-up, whatever runs around it: tracing, or the capture of a CUDA graph."""
 
+MOST_ANSWERS = 4096
+
 _chooser: Chooser | None = None
 _tables: Callable[[], str] | None = None
+_answers: dict[Hashable, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ def set_chooser(chooser: Chooser | None, tables: Callable[[], str] | None = None
     """Let `chooser` decide from now on, None: the analytic defaults. `tables` names the state of what it knows."""
     global _chooser, _tables
     _chooser, _tables = chooser, tables
+    forget_answers()
+
+
+def forget_answers() -> None:
+    """Let `choose_once` ask anew: a chooser calls it where its answers may have changed.
+
+    A fresh dict instead of a cleared one: an answer that is under way in another thread ends in the old one.
+    """
+    global _answers
+    _answers = {}
 
 
 def choose(op: str, problem: Problem, default: Callable[[Problem], Config]) -> Config:
@@ -58,6 +71,26 @@ def choose(op: str, problem: Problem, default: Callable[[Problem], Config]) -> C
     except TypeError:
         problem = _with_hints(problem)
     return _chooser(op, problem)  # type: ignore[no-any-return]  # the op's own kind of config
+
+
+def choose_once(
+    op: str, call: Hashable, describe: Callable[[], Problem], default: Callable[[Problem], Config]
+) -> Config:
+    """`choose(op, describe(), default)`, asked once for each `call`: shapes, strides, dtypes and device, say.
+
+    A `call` with sizes that torch.compile keeps symbolic is asked each time.
+    """
+    answers = _answers
+    try:
+        key = (op, call, torch.are_deterministic_algorithms_enabled())
+        config = answers.get(key)
+    except TypeError:  # symbolic sizes have no hash
+        return choose(op, describe(), default)
+    if config is None:
+        if len(answers) >= MOST_ANSWERS:
+            answers.clear()
+        config = answers[key] = choose(op, describe(), default)
+    return config
 
 
 def _with_hints(problem: Problem) -> Problem:

@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.damped_inverse_config import (
     CONFIGS,
     NUMERICS,
@@ -117,11 +118,20 @@ def launch_damped_inverse_(
         if factor.numel() > 0:
             classes.setdefault(config is None and factor.shape[-1] <= SMALL, []).append(index)
     for members in classes.values():
-        largest = max(factors[i].shape[-1] for i in members)
-        chosen = config or default_config(DampedInverseProblem(largest, device_limits(factors[0].device)))
+        chosen = config or _chosen([factors[i] for i in members])
         own = [[tensors[i] for i in members] for tensors in (inverses, factors)]
         _iterate(*own, [places[i] for i in members], all_shifts, residuals, iterations, order, chosen)
     return residuals
+
+
+def _chosen(factors: Sequence[Tensor]) -> DampedInverseConfig:
+    device, shapes = factors[0].device, tuple((len(f), f.shape[-1]) for f in factors)
+    return choose_once(
+        "damped_inverse_",
+        (shapes, device),
+        lambda: DampedInverseProblem.of(shapes, device_limits(device)),
+        default_config,
+    )
 
 
 def _iterate(
@@ -222,6 +232,7 @@ def _damped_inverse_op(
     iterations: int = 8,
     order: int = 3,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> Tensor:
     if use_reference(factors[0]) or not supports(inverses, factors, shifts):
         _check(inverses, factors, shifts, iterations, order)
@@ -247,7 +258,7 @@ def damped_inverse_(
         shifts: (b,), positive, of the factors' dtype.
         iterations: most steps of a matrix; 0 measures only.
         order: 2 or 3.
-        config: tiling of the Triton kernels; None means `default_config`.
+        config: tiling of the Triton kernels; None means the tuner's choice, `default_config` without one.
 
     Returns:
         ||I - (F + s I) X||_F of each X returned, (sum of b,), banks in their order. At most 0.01, say, means success.
@@ -260,4 +271,4 @@ def damped_inverse_(
         _check(inverses, factors, shifts, iterations, order)
         return damped_inverse_reference(inverses, factors, shifts, iterations, order)
     ints = None if config is None else config.to_ints()
-    return torch.ops.triton_curv.damped_inverse_(inverses, factors, shifts, iterations, order, ints)
+    return torch.ops.triton_curv.damped_inverse_(inverses, factors, shifts, iterations, order, ints, tables_key())

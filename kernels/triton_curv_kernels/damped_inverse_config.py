@@ -16,10 +16,21 @@ SMALL = 32  # matrices up to this size are launched apart, in tiles of 16
 
 @dataclass(frozen=True)
 class DampedInverseProblem:
-    """What the best configuration depends on: the size of the largest of the matrices, and the device's `limits`."""
+    """What the best configuration depends on: the size of the largest of the matrices, and the device's `limits`.
+
+    `batch`: how many of that size are as much work as all of them.
+    """
 
     n: int
     limits: DeviceLimits = NO_DEVICE
+    batch: int = 1
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]], limits: DeviceLimits = NO_DEVICE) -> "DampedInverseProblem":
+        """Describe a launch over banks (batch, n), none of them empty."""
+        largest = max(n for _, n in shapes)
+        work = sum(batch * n**3 for batch, n in shapes)
+        return cls(largest, limits, -(-work // largest**3))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.library import triton_op
 from triton.runtime.interpreter import InterpretedFunction
 
 from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
-from triton_curv_kernels.choice import choose, tables_key
+from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.factor_config import (
     CONFIGS,
     NUMERICS,
@@ -199,9 +199,13 @@ def launch_accumulate_factor_(
         )
     if factor.numel() == 0:
         return
-    problem = FactorProblem.of(rows, ones)
-    config = config or choose("accumulate_factor_", problem, default_config)
-    k, n, batch, block = problem.k, problem.n, problem.batch, config.BLOCK_N
+    config = config or choose_once(
+        "accumulate_factor_",
+        (rows.shape, rows.stride(), rows.dtype, rows.device, ones),
+        lambda: FactorProblem.of(rows, ones),
+        default_config,
+    )
+    k, n, batch, block = *rows.shape[-2:], rows.shape[0] if rows.dim() == 3 else 1, config.BLOCK_N
     tiles = triton.cdiv(n, block)
     programs = batch * (tiles * (tiles + 1) // 2 + (max(tiles, 1) if ones else 0))
     steps = triton.cdiv(k, config.BLOCK_K)

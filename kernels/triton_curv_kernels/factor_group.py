@@ -18,7 +18,6 @@ The table holds addresses, which tensors have none of while torch.compile traces
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from triton_curv_kernels.backend import DeviceLimits, UnsupportedInputError, device_limits, use_reference
+from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference
+from triton_curv_kernels.choice import choose_once
 from triton_curv_kernels.device_cache import DeviceCache
 from triton_curv_kernels.factor import check_shapes, compiled_precision, supports
 from triton_curv_kernels.factor_group_config import GroupConfig, GroupProblem, default_group_config
@@ -119,7 +119,12 @@ def _launch(
     device = alphas.device
     shapes = tuple(matrix.shape for matrix in matrices)
     if config is None:
-        config = _default_config(shapes, dtype, device_limits(device))
+        config = choose_once(
+            "accumulate_factors_",
+            (shapes, dtype, device),
+            lambda: group_problem(shapes, dtype, device),
+            default_group_config,
+        )
     work = plan(shapes, dtype, config, traces is not None)
 
     def table(name: str) -> Tensor:
@@ -160,9 +165,16 @@ def _launch(
         )
 
 
-@lru_cache(maxsize=64)
-def _default_config(shapes: tuple[MatrixShape, ...], dtype: torch.dtype, limits: DeviceLimits) -> GroupConfig:
-    return default_group_config(GroupProblem(tuple((s.k, s.n) for s in shapes), dtype, limits))
+def group_problem(matrices: Sequence[MatrixShape], dtype: torch.dtype, device: torch.device) -> GroupProblem:
+    """Describe a launch over `matrices`; their order does not matter."""
+    return GroupProblem(
+        shapes=tuple(sorted((m.k, m.n) for m in matrices)),
+        dtype=dtype,
+        limits=device_limits(device),
+        ones=any(m.ones for m in matrices),
+        packed=any(m.packed for m in matrices),
+        aligned=all(m.wide for m in matrices),
+    )
 
 
 def check_lists(
@@ -243,7 +255,7 @@ def accumulate_factors_(
         ones: take one more column into account, of ones: for all or for each factor.
         traces: (M,) fp32, written: trace of each new factor; M counts the matrices of batches.
         nonfinite: (M,) int32, written: how many numbers on its diagonal are NaN or infinite.
-        config: tiling of the Triton kernels; None means `default_group_config`.
+        config: tiling of the Triton kernels; None means the tuner's choice, `default_group_config` without one.
 
     No gradient flows through it. Under torch.compile it stays one opaque node. On CPU, and for dtypes that Triton does
     not take, it is a loop over the reference, which reads `alphas` and `betas`. Two calls with the same addresses (a

@@ -15,11 +15,17 @@ MOST_PARTS = 64  # of one K: a finishing program adds them one after another
 
 @dataclass(frozen=True)
 class GroupProblem:
-    """What the best configuration depends on: (k, n) of all matrices of one `dtype`, on a device with `limits`."""
+    """What the best configuration depends on: (k, n) of all matrices of one `dtype`, on a device with `limits`.
+
+    `ones`: some have a column of ones; `packed`: some factors are packed; `aligned`: all rows allow wide loads.
+    """
 
     shapes: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     limits: DeviceLimits = NO_DEVICE
+    ones: bool = False
+    packed: bool = False
+    aligned: bool = True
 
 
 @dataclass(frozen=True)

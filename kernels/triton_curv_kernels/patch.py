@@ -20,6 +20,7 @@ from torch.library import custom_op, triton_op
 from torch.nn import functional
 
 from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.factor import INPUT_DTYPES, launch_accumulate_factor_
 from triton_curv_kernels.patch_config import CONFIGS, NUMERICS, PatchConfig, PatchProblem, default_config, prune
 from triton_curv_kernels.patch_gather import _finish_gather_kernel, _gather_kernel
@@ -73,12 +74,13 @@ def launch_accumulate_patch_factor_(
     groups, per_group = factor.shape[0], input.shape[1] // factor.shape[0]
     if factor.numel() == 0:
         return
-    if config is None and (rows := _pixel_rows(input, geometry, groups)) is not None:
+    if config is None and (rows := pixel_rows(input, geometry, groups)) is not None:
         launch_accumulate_factor_(factor[0], rows, alpha, beta, ones)
         return
     problem = PatchProblem.of(input, groups, geometry, ones)
     if config is None:
-        config = default_config(problem)
+        call = (input.shape, input.stride(), input.dtype, input.device, groups, geometry, ones)
+        config = choose_once("accumulate_patch_factor_", call, lambda: problem, default_config)
     if config.algorithm == "displacement" and not geometry.shares_displacements:
         raise UnsupportedInputError(
             f"expected stride 1 and outputs at least as far as the kernel reaches for algorithm 'displacement', got "
@@ -94,7 +96,7 @@ def launch_accumulate_patch_factor_(
         beta = 1.0
 
 
-def _pixel_rows(input: Tensor, geometry: PatchGeometry, groups: int) -> Tensor | None:
+def pixel_rows(input: Tensor, geometry: PatchGeometry, groups: int) -> Tensor | None:
     """(pixels, channels) for a kernel of one pixel that visits all pixels, if they follow one another in memory."""
     visits_all = geometry.outputs == geometry.sizes and all(b == 0 for b in geometry.before)
     if groups > 1 or geometry.kernel_positions > 1 or not visits_all:
@@ -229,6 +231,7 @@ def _accumulate_patch_factor_op(
     beta: float = 1.0,
     ones: bool = False,
     config: list[int] | None = None,
+    tables: str = "",
 ) -> None:
     geometry = PatchGeometry.of(input.shape[2:], kernel_size, stride, padding, dilation)
     if use_reference(factor) or not supports(factor, input):
@@ -272,7 +275,7 @@ def accumulate_patch_factor_(
         alpha: scale of the product.
         beta: scale of what is there; 0 ignores it, NaN included.
         padding_mode: of the convolution; for others than "zeros" the input is padded first, a copy of its size.
-        config: algorithm and tiling of the Triton kernels; None means `default_config`.
+        config: algorithm and tiling of the Triton kernels; None means the tuner's choice, `default_config` without one.
 
     No gradient flows through it. Source: KFC, arXiv 1602.01407 section 3.
 
@@ -299,5 +302,5 @@ def accumulate_patch_factor_(
     else:
         ints = None if config is None else config.to_ints()
         torch.ops.triton_curv.accumulate_patch_factor_(
-            factor, input, kernel, steps, sides, dilations, alpha, beta, ones, ints
+            factor, input, kernel, steps, sides, dilations, alpha, beta, ones, ints, tables_key()
         )

@@ -137,7 +137,7 @@ CONFIGS: list[ListConfig] = [ListConfig(block, warps) for block in (512, 1024, 2
 def prune(configs: Sequence[ListConfig], numel: int, limits: DeviceLimits = NO_DEVICE) -> list[ListConfig]:
     """Configs worth measuring for `numel` elements in all: 4 to 16 elements a thread, no block over twice the data."""
     lanes = 64 if limits.platform == "hip" else 32
-    most = max(configs[0].BLOCK, 2 * numel)
+    most = max(CONFIGS[0].BLOCK, 2 * numel)
     return [c for c in configs if most >= c.BLOCK and 4 <= c.BLOCK // (lanes * c.num_warps) <= 16]
 
 

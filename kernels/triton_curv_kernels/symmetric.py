@@ -15,7 +15,6 @@ inlined in the graph.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,9 +23,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.device_cache import DeviceCache, Table, is_traced
 from triton_curv_kernels.packed import packed_length, packed_offsets, tile_of
+from triton_curv_kernels.symmetric_config import (
+    CONFIGS,
+    NUMERICS,
+    SymmetricConfig,
+    SymmetricProblem,
+    default_config,
+    prune,
+)
 
 __all__ = [
     # the ops, their references and their launchers
@@ -42,6 +50,7 @@ __all__ = [
     "CONFIGS",
     "NUMERICS",
     "SymmetricConfig",
+    "SymmetricProblem",
     "default_config",
     "prune",
 ]
@@ -88,31 +97,6 @@ def unpack_symmetric_reference(
         matrix.tril_()
         matrices.append(matrix.add_(matrix.tril(-1).mT))
     return matrices
-
-
-@dataclass(frozen=True)
-class SymmetricConfig:
-    """Programs handle BLOCK x BLOCK tiles of the lower triangle."""
-
-    BLOCK: int = 64
-    num_warps: int = 4
-
-
-NUMERICS: tuple[str, ...] = ()
-"""The fields that change results: none."""
-
-CONFIGS: list[SymmetricConfig] = [SymmetricConfig(block, warps) for block in (16, 32, 64, 128) for warps in (2, 4, 8)]
-
-
-def prune(configs: Sequence[SymmetricConfig], n: int) -> list[SymmetricConfig]:
-    """Tiles no larger than half of the largest n x n matrix, with 4 to 32 elements a thread."""
-    widest = max(16, triton.next_power_of_2((n + 1) // 2))
-    return [c for c in configs if widest >= c.BLOCK and c.BLOCK**2 // (32 * c.num_warps) in range(4, 33)]
-
-
-def default_config(n: int) -> SymmetricConfig:
-    """Analytic choice for matrices up to n x n."""
-    return SymmetricConfig(16, 2) if n <= 32 else SymmetricConfig(32, 4) if n <= 512 else SymmetricConfig(64, 8)
 
 
 @triton.jit
@@ -302,7 +286,14 @@ def _launch(
 ) -> None:
     """Copy all matrices to their places in `packed`, or from there."""
     sizes = [matrix.shape[0] for matrix in matrices]
-    config = config or default_config(max(sizes, default=0))
+    if config is None:
+        dtypes = (matrices[0].dtype if matrices else packed.dtype, packed.dtype)
+        config = choose_once(
+            "pack_symmetric" if pack else "unpack_symmetric",
+            (tuple(sizes), *dtypes, packed.device),
+            lambda: symmetric_problem(sizes, *dtypes, packed.device),
+            default_config,
+        )
     on_device = isinstance(scale, Tensor)
     scales = (scale, 1.0) if on_device else (packed, scale)
     by_dtype: dict[torch.dtype, list[tuple[Tensor, int]]] = {}
@@ -335,6 +326,15 @@ def _launch(
             MATRIX_DTYPE=TRITON_DTYPES[dtype],
             num_warps=config.num_warps,
         )
+
+
+def symmetric_problem(
+    sizes: Sequence[int], dtype: torch.dtype, packed_dtype: torch.dtype, device: torch.device
+) -> SymmetricProblem:
+    """Describe a launch over matrices of these sizes."""
+    return SymmetricProblem(
+        max(sizes, default=0), packed_offsets(sizes)[-1], dtype, packed_dtype, device_limits(device)
+    )
 
 
 def _layout(matrix: Tensor, packed: Tensor, offset: int, align: int, block: int) -> tuple[int, int, int, bool]:
@@ -375,7 +375,11 @@ def _check_packed(packed: Tensor, sizes: Sequence[int]) -> None:
 
 @triton_op("triton_curv::pack_symmetric", mutates_args=())
 def _pack_symmetric_op(
-    matrices: list[Tensor], dtype: torch.dtype, scale: float = 1.0, device_scale: Tensor | None = None
+    matrices: list[Tensor],
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    device_scale: Tensor | None = None,
+    tables: str = "",
 ) -> Tensor:
     both = scale if device_scale is None else device_scale
     if use_reference(matrices[0]) or not all(supports(matrix, dtype) for matrix in matrices):
@@ -386,7 +390,12 @@ def _pack_symmetric_op(
 
 @triton_op("triton_curv::unpack_symmetric", mutates_args=())
 def _unpack_symmetric_op(
-    packed: Tensor, sizes: list[int], dtype: torch.dtype, scale: float = 1.0, device_scale: Tensor | None = None
+    packed: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    device_scale: Tensor | None = None,
+    tables: str = "",
 ) -> list[Tensor]:
     both = scale if device_scale is None else device_scale
     if use_reference(packed) or not supports(packed, dtype):
@@ -416,7 +425,7 @@ def pack_symmetric(matrices: Sequence[Tensor], dtype: torch.dtype, scale: float 
     if not torch.compiler.is_compiling() and use_reference(matrices[0]):
         _check_matrices(matrices)
         return pack_symmetric_reference(matrices, dtype, scale)
-    return torch.ops.triton_curv.pack_symmetric(matrices, dtype, *_scale_arguments(scale))
+    return torch.ops.triton_curv.pack_symmetric(matrices, dtype, *_scale_arguments(scale), tables_key())
 
 
 def unpack_symmetric(
@@ -432,7 +441,7 @@ def unpack_symmetric(
     if not torch.compiler.is_compiling() and use_reference(packed):
         _check_packed(packed, sizes)
         return unpack_symmetric_reference(packed, sizes, dtype, scale)
-    return torch.ops.triton_curv.unpack_symmetric(packed, sizes, dtype, *_scale_arguments(scale))
+    return torch.ops.triton_curv.unpack_symmetric(packed, sizes, dtype, *_scale_arguments(scale), tables_key())
 
 
 def _check_scale(scale: float | Tensor) -> None:

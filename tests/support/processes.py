@@ -6,7 +6,13 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-PRELOADED = ["tests.support.processes", "tests.support.store_race", "triton_curv_autotune.agree", "torch.distributed"]
+PRELOADED = [
+    "tests.support.processes",
+    "tests.support.sharded",
+    "tests.support.store_race",
+    "triton_curv_autotune.agree",
+    "torch.distributed",
+]
 
 
 def light_processes() -> ForkServerContext:

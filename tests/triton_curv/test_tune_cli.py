@@ -16,6 +16,7 @@ from tests.support.tuning import (
     FACTOR,
     FAKE,
     MOMENTUM,
+    PATCH,
     FakeBench,
     entry_for,
     factor_problem,
@@ -29,8 +30,13 @@ from triton_curv_autotune.registry import get_op
 from triton_curv_autotune.resolve import process
 from triton_curv_autotune.store import Store
 from triton_curv_autotune.table import Table, write_table
+from triton_curv_kernels.apply_inverse import ApplyProblem
 from triton_curv_kernels.choice import ListProblem
+from triton_curv_kernels.damped_inverse import DampedInverseProblem
 from triton_curv_kernels.factor import FactorProblem
+from triton_curv_kernels.patch import PatchProblem
+from triton_curv_kernels.patch_geometry import PatchGeometry
+from triton_curv_kernels.symmetric import SymmetricProblem
 
 SHAPES = [{"op": MOMENTUM, "problem": {"numel": 1 << 20, "dtype": "float32"}}]
 PROBLEM = list_problem()
@@ -204,16 +210,28 @@ def test_problems_of_a_model_are_those_of_its_training_step(small_models: None) 
     """The layers' factors and the parameters' updates, written out by hand; the pass needs no memory."""
     found = problems.from_spec("small_models:net", 32, "16x8x8", "bfloat16", FAKE)
     rows, half = 32 * 64, torch.bfloat16
-    factors = [
-        FactorProblem(1, rows, 16 * 9, half, ones=True, limits=FAKE),
-        FactorProblem(1, rows, 32, half, limits=FAKE),
-        FactorProblem(1, 32, 32 * 64, half, limits=FAKE),
-        FactorProblem(1, 32, 16, half, limits=FAKE),
-    ]
-    assert [p for name, p in found if name == FACTOR] == factors
-    numels = [32 * 16 * 9, 32, 16 * 32 * 64]
-    assert [p for name, p in found if name == MOMENTUM] == [ListProblem(n, half, FAKE) for n in numels]
-    assert {name for name, _ in found} == {FACTOR, MOMENTUM, "neumann_update_", "cg_update_", "cg_direction_"}
+    sizes = (16 * 9 + 1, 32, 32 * 64, 16)  # of A, G of the convolution and of the linear layer
+    geometry = PatchGeometry.of((8, 8), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    numel = 32 * 16 * 9 + 32 + 16 * 32 * 64
+    elements = (32 * sizes[0], 16 * 32 * 64)
+    products = elements[0] * ((32 + sizes[0]) // 2) + elements[1] * ((16 + 32 * 64) // 2)
+    inverting = DampedInverseProblem.of([(1, n) for n in sizes if n > 32], FAKE)
+    packed = sum(n * (n + 1) // 2 for n in sizes)
+    full = torch.float32
+    assert set(found) == {
+        (PATCH, PatchProblem(32, 16, 1, geometry, half, ones=True, limits=FAKE)),
+        (FACTOR, FactorProblem(1, rows, 32, half, limits=FAKE)),
+        (FACTOR, FactorProblem(1, 32, 32 * 64, half, limits=FAKE)),
+        (FACTOR, FactorProblem(1, 32, 16, half, limits=FAKE)),
+        ("damped_inverse_", inverting),
+        ("damped_inverse_", DampedInverseProblem(32, FAKE, 2)),
+        ("apply_damped_inverse", ApplyProblem(sum(elements), full, FAKE, products // sum(elements), aligned=False)),
+        ("pack_symmetric", SymmetricProblem(32 * 64, packed, full, full, FAKE)),
+        ("unpack_symmetric", SymmetricProblem(32 * 64, packed, full, full, FAKE)),
+        *((name, ListProblem(numel, half, FAKE)) for name in (MOMENTUM, "neumann_update_")),
+        *((name, ListProblem(numel, full, FAKE)) for name in ("cg_update_", "cg_direction_", "cg_dots")),
+    }
+    assert len(found) == 14
 
 
 def test_a_scenario_by_either_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Order of the look-up, buckets, warnings, deterministic mode, threads."""
 
 import dataclasses
+import random
 import re
 import threading
 import warnings
@@ -26,6 +27,7 @@ from tests.support.tuning import (
     list_problem,
     other_config,
     resolver_on,
+    varied_problems,
 )
 from triton_curv_autotune import Resolver, TuningWarning, UnknownOpError, explain_choice, learn, override, resolve
 from triton_curv_autotune.entry import Measurement, provenance_now
@@ -38,6 +40,7 @@ from triton_curv_kernels.choice import choose, set_chooser, tables_key
 from triton_curv_kernels.factor import FactorConfig, FactorProblem, default_config
 
 PROBLEM = factor_problem()
+HIP = DeviceLimits("hip", 304, 64 * 1024, "AMD Instinct MI300X", "gfx942")
 
 
 @pytest.fixture
@@ -148,10 +151,10 @@ def test_where_the_default_won_nearby_the_problems_own_default_is_taken(tmp_path
 def test_devices_do_not_alias(tmp_path: Path) -> None:
     """H100, H200, H20 and a MIG slice share an architecture, some even all limits; each has its own entries."""
     limits = dict(zip("abcd", (H100, H200, H20, MIG), strict=True))
-    configs = {}
-    for index, (name, device) in enumerate(limits.items()):
-        problem = list_problem(limits=device)
-        configs[name] = get_op(MOMENTUM).candidates(problem)[1 + index]
+    op, problems = get_op(MOMENTUM), {name: list_problem(limits=device) for name, device in limits.items()}
+    fitting = [c for c in op.configs if all(op.supports(c, p) and c != op.default(p) for p in problems.values())]
+    configs = dict(zip(problems, fitting, strict=False))
+    for name, problem in problems.items():
         Store(tmp_path).write(entry_for(MOMENTUM, problem, configs[name]))
     resolver = resolver_on(tmp_path)
     found = {name: resolver.resolve(MOMENTUM, list_problem(limits=device)) for name, device in limits.items()}
@@ -186,18 +189,28 @@ def test_entries_of_another_environment_are_not_used(field: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", op_names())
 def test_buckets_stand_for_themselves_and_fit_their_problems(name: str) -> None:
-    """What fits a bucket fits what is in it, for look-up and tuning alike."""
+    """What fits a bucket fits what is in it, for look-up and tuning alike, but for widths that go up to a bucket."""
     op = get_op(name)
-    for size in (0, 1, 2, 15, 16, 17, 64, 65, 100, 576, 4095, 4097, 10_000):
-        for k in (0, 1, 100, 4095, 4096, 70_000):
-            for aligned in (True, False):
-                problem: Any = list_problem(size * k)
-                if name == FACTOR:
-                    problem = FactorProblem(3, k, size, torch.float32, True, aligned and size % 16 == 0, FAKE)
-                bucket = op.bucket(problem)
-                assert op.bucket(bucket) == bucket
-                if name == FACTOR and (size * k) and size % 16 == 0:
-                    assert set(op.prune(op.configs, bucket)) <= set(op.prune(op.configs, problem))
+    some = random.Random(0).sample(list(op.configs), min(len(op.configs), 300))
+    for problem in varied_problems(name):
+        bucket = op.bucket(problem)
+        assert op.bucket(bucket) == bucket
+        assert op.supports(op.default(bucket), bucket)
+        assert op.supports(op.pinned(problem), problem)
+        assert [c for c in some if op.supports(c, bucket)] == op.prune(some, bucket)
+        if not (hasattr(problem, "n") and bucket.n > problem.n):
+            assert set(op.prune(some, bucket)) <= set(op.prune(some, problem))
+
+
+@pytest.mark.parametrize("name", op_names())
+def test_pinned_configs_run_on_every_device_and_depend_on_the_shape_alone_on_nvidias(name: str) -> None:
+    op = get_op(name)
+    small = DeviceLimits("cuda", 7, 163 * 1024, "Small GPU", "sm_80")
+    for problem in varied_problems(name):
+        pinned = op.pinned(problem)
+        assert op.same_numerics(op.pinned(op.on(problem, small)), pinned)
+        on_hip = op.on(problem, HIP)
+        assert op.prune([op.pinned(on_hip)], on_hip) or op.pinned(on_hip) == op.default(on_hip)
 
 
 def resolve_often(resolver: Resolver) -> None:
@@ -309,6 +322,6 @@ def test_launchers_ask_the_chooser(chooser: list[Any]) -> None:
 
 def test_every_op_that_asks_is_declared() -> None:
     files = Path(triton_curv_kernels.__file__).parent.glob("*.py")
-    asked = {name for file in files for name in re.findall(r'or choose\(\s*"(\w+)"', file.read_text())}
-    assert FACTOR in asked
-    assert asked <= set(op_names())
+    calls = [call for file in files for call in re.findall(r"\bchoose(?:_once)?\(([^)]*)", file.read_text())]
+    asked = {name for call in calls for name in re.findall(r'"(\w+)"', call)}
+    assert asked == set(op_names())

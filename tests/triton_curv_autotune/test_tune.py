@@ -16,6 +16,7 @@ from triton_curv_autotune.policy import MARGIN
 from triton_curv_autotune.registry import get_op
 from triton_curv_autotune.store import Store
 from triton_curv_autotune.tune import TURN, Job, Verdict, config_distance, plan, tune, verify
+from triton_curv_kernels.symmetric import SymmetricProblem
 
 PROBLEM = list_problem()
 OP = get_op(MOMENTUM)
@@ -63,18 +64,18 @@ def test_a_wrong_candidate_never_wins(tmp_path: Path) -> None:
 
 def test_a_default_that_fails_ends_its_problem_and_says_so(tmp_path: Path) -> None:
     bad = FakeBench(lambda c: 1.0, lambda c: "no room" if c == DEFAULT else "")
-    first, second = run(tmp_path, bad, (MOMENTUM, PROBLEM), ("cg_update_", PROBLEM))
+    packing = SymmetricProblem(1024, 1 << 20, torch.float32, torch.float32, FAKE)
+    first, second = run(tmp_path, bad, (MOMENTUM, PROBLEM), ("pack_symmetric", packing))
     assert first.failure == "the default fails: no room"
     assert second.entry.measurements
-    assert [entry.op.name for entry in stored(tmp_path)] == ["cg_update_"]
+    assert [entry.op.name for entry in stored(tmp_path)] == ["pack_symmetric"]
 
 
 def test_only_a_new_config_of_the_space_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the default beside it, whose time says how to compare with what was measured before."""
     run(tmp_path, FakeBench(lambda config: 1.0))
-    new = dataclasses.replace(OTHERS[0], BLOCK=8192, num_warps=8)
+    new = dataclasses.replace(OTHERS[0], BLOCK=256, num_warps=2)
     monkeypatch.setitem(vars(OP), "configs", [*OP.configs, new])
-    monkeypatch.setitem(vars(OP), "_fitting", {})
     bench = FakeBench(lambda config: 1.8 if config == new else 2.0)  # the clocks are half as fast today
     (job,) = run(tmp_path, bench)
     assert [config for _, _, config in bench.timed] == [DEFAULT, new]

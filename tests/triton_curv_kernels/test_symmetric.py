@@ -17,6 +17,7 @@ from triton_curv_kernels.packed import from_dense, packed_diagonal, packed_lengt
 from triton_curv_kernels.symmetric import (
     CONFIGS,
     SymmetricConfig,
+    SymmetricProblem,
     default_config,
     launch_pack_symmetric,
     launch_unpack_symmetric,
@@ -212,4 +213,5 @@ def test_bad_input_is_named() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 27, 100, 1024, 20_000])
 def test_default_is_one_of_the_pruned_configs(n: int) -> None:
-    assert default_config(n) in prune(CONFIGS, n)
+    problem = SymmetricProblem(n, n * (n + 1) // 2, torch.float32, torch.float16)
+    assert default_config(problem) in prune(CONFIGS, problem)

@@ -1,6 +1,6 @@
 """Storage of all factors: those of one size lie in one (batch, n, n) tensor, so that each operation is one call."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.damping import kronecker_shifts
+from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import (
     InverseName,
@@ -33,10 +34,14 @@ class FactorKey(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Of which factors this rank keeps the averages (it inverts these), and of which the inverses: at least those."""
+    """Of which factors this rank keeps the averages (it inverts these), and of which the inverses: at least those.
+
+    `owners` says which rank keeps each, counted among those that hold every factor once.
+    """
 
     owned: frozenset[FactorKey]
     served: frozenset[FactorKey]
+    owners: Mapping[FactorKey, int]
 
 
 class Normalisation(NamedTuple):
@@ -136,6 +141,7 @@ class FactorStore:
         self.residuals = torch.zeros(len(owner), dtype=dtype, device=device)
         self.discarded = torch.zeros((), dtype=torch.int64, device=device)  # statistics that were not finite
         self.failed = torch.zeros((), dtype=torch.int64, device=device)  # inversions
+        self.across: Callable[[Tensor], Tensor] | None = None  # sums over ranks, where a block's factors lie on several
         self._stash: tuple[list[Tensor], Tensor] | None = None
         self._pair_up(shapes, device)
 
@@ -179,6 +185,14 @@ class FactorStore:
     def owns(self, key: FactorKey) -> bool:
         """Whether this rank keeps and inverts the factor's average."""
         return self.held is None or key in self.held.owned
+
+    def require(self, key: FactorKey, here: bool) -> None:
+        """Raise NotOwnedError unless something of the factor is here."""
+        if not here and self.held is not None:
+            raise NotOwnedError(
+                f"expected factor {key.name} of block number {key.block} on this rank, but rank "
+                f"{self.held.owners[key]} of the shard group keeps it: ask there"
+            )
 
     def serves(self, key: FactorKey) -> bool:
         """Whether this rank has the factor's inverse."""
@@ -268,12 +282,24 @@ class FactorStore:
         return scale, torch.where(usable, weight, 0.0)
 
     def peek(self, key: FactorKey, how: Normalisation) -> Tensor:
-        """A factor's moving average (batch, n, n) as it is once the pending sums are folded in."""
+        """A factor's moving average (batch, n, n) as it is once the pending sums are folded in.
+
+        On several ranks as it is: pending sums are known only together. Raises NotOwnedError on those that lack it.
+        """
         bank, place = self._places[key]
+        if self.held is not None:
+            self.require(key, self.owns(key))
+            return unpack(bank.averages[place], bank.size)
         scale, weight = (v[self.rows(key), None, None] for v in self.pending(how))
-        sums = self._in_weight_order(bank.sums[place].clone(), [(slice(None), o) for p, o in bank.orders if p == place])
-        fresh = torch.where(weight > 0, sums * scale, 0.0)
+        fresh = torch.where(weight > 0, self.sums_in_weight_order(key) * scale, 0.0)
         return unpack(bank.averages[place], bank.size).lerp_(fresh, weight)
+
+    def sums_in_weight_order(self, key: FactorKey) -> Tensor:
+        """The pending sums of one factor, in the order of the layer's weights; a copy where that is another."""
+        bank, place = self._places[key]
+        orders = [(slice(None), order) for other, order in bank.orders if other == place]
+        sums = bank.sums[place]
+        return self._in_weight_order(sums.clone(), orders) if orders else sums
 
     @staticmethod
     def _in_weight_order(sums: Tensor, orders: Sequence[tuple[slice, Tensor]]) -> Tensor:
@@ -377,7 +403,7 @@ class FactorStore:
 
         For factors with an eigenbasis it is lambda itself, which is added to products of eigenvalues.
         """
-        traces = self.traces()
+        traces = self.traces() if self.across is None else self.across(self.traces())
         means = torch.zeros_like(traces).index_add_(0, self.first_row, traces) / self.dimensions  # NaN if not first
         shifts = torch.empty_like(means)
         if len(self.row_A):

@@ -40,7 +40,7 @@ class Block:
         self.inverses = {factor: store.view("inverses", key) for factor, key in keys.items()}
         self.gains: Tensor | None = None  # 1 / (eigenvalues + lambda), (batch, rows, columns), in an eigenbasis
         if set(keys) == {"A", "G"} and store.has_spectra(keys["A"]):
-            self.gains = torch.ones(rule.matrix_shape, dtype=store.samples.dtype, device=store.samples.device)
+            self.gains = torch.ones(rule.matrix_shape, dtype=store.samples.dtype, device=self.inverses["A"].device)
         self.moments: Moments | None = None
         self.due = True  # whether the next backward pass is to give statistics of this block
         self.counts = store.counts[index]
@@ -98,7 +98,7 @@ class Block:
 
     def renew_gains_(self) -> None:
         """1 / (s_G s_A^T + lambda) from the eigenvalues, or 1 / (second moments + lambda) where those are known."""
-        if self.gains is None:
+        if self.gains is None or self.gains.is_meta:
             return
         key_A, key_G = self.keys["A"], self.keys["G"]
         spectrum = self.store.view("spectra", key_G)[:, :, None] * self.store.view("spectra", key_A)[:, None, :]
@@ -119,6 +119,8 @@ class Block:
                 f"block '{self.name}' preconditions {sorted(self.rule.params)}, got {sorted(grads)}"
             )
         self._ensure_inverse()
+        for key in self.keys.values():
+            self.store.require(key, self.store.serves(key))
         some = next(iter(self.inverses.values()))
         matrix = torch.empty(self.rule.matrix_shape, dtype=some.dtype, device=some.device)
         for name, part in self.rule.views(matrix).items():

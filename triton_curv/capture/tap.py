@@ -6,7 +6,7 @@ alive there anyway for the weight gradient. Module backward hooks would break `t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ def note_trace(switch: "CaptureSwitch") -> bool:
     return True
 
 
+class Watch(Protocol):
+    """Is told of the taps of eager passes."""
+
+    def forward(self, block: Block) -> None:
+        """One was made in forward."""
+
+    def backward(self, block: Block) -> None:
+        """One has taken its statistics in backward."""
+
+
 class CaptureSwitch:
     """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
 
@@ -74,6 +84,7 @@ class CaptureSwitch:
     def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
         self.recording = records
         self.traced = False
+        self.watch: Watch | None = None
         # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.counter = CallCounter()
@@ -127,6 +138,8 @@ class _Tap(torch.autograd.Function):
             inputs, *rest = ctx.saved_tensors
             site, mask = ctx.site, rest[0] if rest else ctx.switch.mask
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, mask)
+            if ctx.switch.watch is not None:
+                ctx.switch.watch.backward(site.block)
         return grad_output, None, None, None, None, None, None, None
 
 
@@ -136,6 +149,8 @@ def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, train
         note_trace(switch)
     elif not site.block.due:
         return output
+    elif switch.watch is not None:
+        switch.watch.forward(site.block)
     use = next_use(switch.counter, site.block.name) if site.counted else 0
     args = (output, inputs.detach(), switch.mask, switch.anchor, site, switch, training, use)
     tapped: Tensor = _Tap.apply(*args)  # type: ignore[no-untyped-call]  # torch's

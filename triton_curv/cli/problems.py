@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import triton_curv_kernels as kernels
-from triton_curv.blocks import LayerOptions, rule_for
+from triton_curv.blocks import FactorShape, LayerOptions, rule_for
 from triton_curv.errors import ConfigurationError
 from triton_curv.scenarios import get_scenario
 from triton_curv_autotune.errors import AutotuneError
@@ -37,7 +36,7 @@ class _Recording(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if name in op_names():
-            self.problems += [(name, problem) for problem in get_op(name).describe(args)]
+            self.problems += get_op(name).describe(args)
         return None
 
 
@@ -135,26 +134,50 @@ def from_module(model: nn.Module, shape: Sequence[int], dtype: str, limits: Devi
         for hook in hooks:
             hook.remove()
     with _Recording() as recording, torch.no_grad():
-        for layer, inputs, output in uses:
-            _call_factor_ops(layer, inputs, output)
-        _call_update_ops([p for p in model.parameters() if p.requires_grad])
-    placed = [(name, get_op(name).on(problem, limits)) for name, problem in recording.problems]
+        shapes = [_call_factor_ops(*use) for use in uses]
+        updating = _update_problems([p for p in model.parameters() if p.requires_grad])
+    found = recording.problems + updating + _inverse_problems(shapes)
+    placed = [(name, get_op(name).on(problem, limits)) for name, problem in found]
     return list(dict.fromkeys(placed))
 
 
-def _call_factor_ops(layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
+def _call_factor_ops(layer: nn.Module, inputs: Tensor, output: Tensor) -> Mapping[str, FactorShape]:
     rule = rule_for(layer, dict(layer.named_parameters(recurse=False)), LayerOptions(norm_fisher="full"))
-    if not isinstance(rule, str):
-        shapes = rule.factor_shapes.items()
-        sums = {name: torch.empty(s.batch, s.size, s.size, device="meta") for name, s in shapes}
-        rule.accumulate_(sums, inputs, torch.empty_like(output), layer.training)
+    if isinstance(rule, str):
+        return {}
+    shapes = rule.factor_shapes
+    sums = {name: torch.empty(s.batch, s.size, s.size, device="meta") for name, s in shapes.items()}
+    rule.accumulate_(sums, inputs, torch.empty_like(output), layer.training)
+    return shapes
 
 
-def _call_update_ops(params: list[Tensor]) -> None:
-    if params:
-        buffers = [torch.empty_like(p, dtype=torch.float32) for p in params]
-        scalar, hyper = (torch.empty(size, device="meta") for size in ((), (5,)))
-        kernels.momentum_update_(params, buffers, params, [scalar] * len(params), hyper)
-        kernels.neumann_update_(params, buffers, buffers, params, scalar, hyper)
-        kernels.cg_update_(buffers, buffers, buffers, buffers, scalar, scalar)
-        kernels.cg_direction_(buffers, buffers, scalar)
+def _inverse_problems(layers: Sequence[Mapping[str, FactorShape]]) -> Problems:
+    """Of a refresh and an exchange of all factors, and of an application of their inverses."""
+    banks = [torch.empty(s.batch, s.size, s.size, device="meta") for shapes in layers for s in shapes.values()]
+    banks = [bank for bank in banks if bank.shape[-1] > 1]  # others are diagonals
+    pairs = [(s["A"], s["G"]) for s in layers if set(s) == {"A", "G"} and s["A"].batch == s["G"].batch]
+    found: Problems = []
+    if banks:
+        matrices = [matrix for bank in banks for matrix in bank]
+        sizes = [len(matrix) for matrix in matrices]
+        buffer = torch.empty(sum(n * (n + 1) // 2 for n in sizes), device="meta")
+        found += get_op("damped_inverse_").describe((banks, banks, [bank[:, 0, 0] for bank in banks]))
+        found += get_op("pack_symmetric").describe((matrices, torch.float32))
+        found += get_op("unpack_symmetric").describe((buffer, sizes, torch.float32))
+    if pairs:
+        grads = [torch.empty(a.batch, g.size, a.size, device="meta") for a, g in pairs]
+        inverse_a, inverse_g = (
+            [torch.empty(s.batch, s.size, s.size, device="meta") for s in side] for side in zip(*pairs, strict=True)
+        )
+        found += get_op("apply_damped_inverse").describe((grads, grads, inverse_a, inverse_g))
+    return found
+
+
+def _update_problems(params: list[Tensor]) -> Problems:
+    """Of updates of all parameters at once, by each optimizer."""
+    if not params:
+        return []
+    buffers = [torch.empty_like(p, dtype=torch.float32) for p in params]
+    of_params, of_buffers = ("momentum_update_", "neumann_update_"), ("cg_update_", "cg_direction_", "cg_dots")
+    lists = [(name, params) for name in of_params] + [(name, buffers) for name in of_buffers]
+    return [asked for name, tensors in lists for asked in get_op(name).describe((tensors,))]

@@ -39,17 +39,18 @@ def apply_(
     Where a gradient, also of the `loose` parameters without a block, is not finite, nothing changes but the count
     `skipped`. Returns whether all are finite, ().
     """
-    for each in work:
-        applied = exchange.applied(each.lists.block_indices)
-        precondition(each, samples, options, applied)
-    exchange.updates_([each.lists.flat_updates for each in work])
-    norms = [torch.stack(torch._foreach_norm(each.lists.row_updates)) for each in work]
+    every = [each.lists for each in work]
+    exchange.matrices_(every, [each.grads for each in work])
+    for lists in every:
+        precondition(lists, samples, options, exchange.applied(lists.block_indices))
+    exchange.updates_(every)
+    norms = exchange.norms(every)
     of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
         skipped.add_(~finite)
-    for each, scale in zip(work, scales(work, norms, options), strict=True):
+    for each, scale in zip(work, scales(work, norms, options, exchange), strict=True):
         lists, hyper = each.lists, each.hyper[:OF_UPDATE]
         if not healthy:
             lists.flat_updates.masked_fill_(~finite, 0.0)
@@ -63,10 +64,8 @@ def apply_(
     return finite
 
 
-def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
+def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
     """From gradients to the steps of all blocks of a group, of whatever size they come out."""
-    lists = work.lists
-    torch._foreach_copy_(lists.grads, work.grads)
     if options.reduction == "sum":
         torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])
     if options.loss_scale != 1.0:
@@ -76,7 +75,7 @@ def precondition(work: Work, samples: Tensor, options: KFACOptions, applied: Seq
             solve(operator, grad, update)
 
 
-def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions) -> list[Tensor]:
+def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, exchange: Exchange) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
         return [
@@ -85,9 +84,8 @@ def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions) 
         ]
     if options.update_size == "none" or not work:
         return [torch.ones_like(n) for n in norms]
-    products = [
-        torch.dot(each.lists.flat_updates, each.lists.flat_grads) * each.hyper[SLOT["lr_squared"]] for each in work
-    ]
+    pairs = zip(work, exchange.products([each.lists for each in work]), strict=True)
+    products = [product * each.hyper[SLOT["lr_squared"]] for each, product in pairs]
     nu = torch.sqrt(options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
     return [nu.expand_as(n) for n in norms]
 

@@ -50,7 +50,8 @@ class Curvature:
             for p in rule.params.values():
                 if p.device != device:
                     raise ConfigurationError(f"expected all layers on {device}, got '{name}' on {p.device}")
-        self.store = FactorStore([dict(rule.factor_shapes) for rule in rules.values()], dtype, device, options.inverse)
+        shapes = [dict(rule.factor_shapes) for rule in rules.values()]
+        self.store = FactorStore(shapes, dtype, device, options.inverse, exchange.held)
         if options.adaptive is not None:
             self.store.keep_recent()
         self.parts = refresh_parts(self.store, options.refresh_budget)
@@ -65,6 +66,7 @@ class Curvature:
                     block.moments = Moments(block.rule, block.inverses)
         self._moving = [block for block in self.blocks.values() if block.moments is not None]
         self._turned = [block for block in self.blocks.values() if block.gains is not None]
+        exchange.attach(self.store, self.switch)
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
@@ -152,7 +154,8 @@ class Curvature:
 
     def _check_taps(self) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
-        pending, folds = self.store.seen() > 0, [block.folds() > 0 for block in self.blocks.values()]
+        how = self.options.normalisation(self.signal_scale)
+        pending, folds = self._exchange.seen(self.store, how), [block.folds() > 0 for block in self.blocks.values()]
         seen = (pending | torch.stack(folds)).tolist()
         self.any_seen, self.all_seen = any(seen), all(seen)
         missed = [
@@ -188,7 +191,7 @@ class Curvature:
         self.fold(steps)
         if not self.any_seen:
             return
-        similar = (self.store.changes() < rule.alpha**2).tolist()
+        similar = (self._exchange.changes(self.store) < rule.alpha**2).tolist()
         for timer, is_due, (to_last, to_before) in zip(self.timers, due, similar, strict=True):
             if is_due:
                 _, last, before = timer.tolist()
@@ -215,7 +218,7 @@ class Curvature:
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
-        if bool(self.store.counts.any()):
+        if bool(self._exchange.seen(self.store, self.options.normalisation(self.signal_scale)).any()):
             self.fold(self.steps)
         if not self.any_seen:
             raise NoStatisticsError("refresh() needs statistics: run loss.backward() first")

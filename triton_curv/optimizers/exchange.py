@@ -1,55 +1,136 @@
 """Where the ranks of a distributed run tell one another something in a step; one rank alone has nothing to tell."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from triton_curv.blocks.bank import FactorKey, FactorStore
+from triton_curv.blocks import FactorStore
+from triton_curv.blocks.bank import FactorKey, Held, Normalisation
+from triton_curv.capture import CaptureSwitch
+from triton_curv.optimizers.matrices import Lists
 
 
 class Exchange(Protocol):
     """What a step of KFAC asks of the others, in the order of the step. Functions of tensors, so that they compile."""
 
-    def statistics_(self, store: FactorStore) -> None:
-        """Before statistics are folded: pending sums and counts of all ranks together, where they are folded."""
+    @property
+    def held(self) -> Held | None:
+        """Which factors this rank holds; None: all."""
 
-    def owned(self, keys: Sequence[FactorKey] | None) -> Sequence[FactorKey] | None:
-        """Which of the factors due (None: all) are inverted here; None: all of them."""
+    def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
+        """Once, before the first step: this rank's factors and taps."""
 
-    def inverses_(self, store: FactorStore, keys: Sequence[FactorKey] | None) -> None:
-        """After inversion: the inverses due, where they are applied."""
+    def gradients_(self, params: Sequence[Parameter]) -> None:
+        """At the start of a step: agree which parameters have gradients, and average what nobody else averages."""
+
+    def seen(self, store: FactorStore, how: Normalisation) -> Tensor:
+        """Which blocks have pending statistics, on any rank: (blocks,)."""
+
+    def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
+        """Fold the pending statistics of all ranks into the averages, where these are."""
+
+    def changes(self, store: FactorStore) -> Tensor:
+        """`store.changes()` of all factors."""
+
+    def invert_(self, store: FactorStore, keys: Sequence[FactorKey] | None) -> None:
+        """Renew inverses, all or those of some factors, and bring them where they are applied."""
+
+    def matrices_(self, lists: Sequence[Lists], grads: Sequence[Sequence[Tensor]]) -> None:
+        """Before preconditioning: gradients as matrices, where they are preconditioned."""
 
     def applied(self, blocks: Sequence[int]) -> Sequence[bool]:
         """Whether the gradient of each block, given by its number, is preconditioned here."""
 
-    def updates_(self, updates: Sequence[Tensor]) -> None:
-        """Before momentum: preconditioned gradients of all blocks, one flat buffer for each parameter group."""
+    def updates_(self, lists: Sequence[Lists]) -> None:
+        """After preconditioning: the updates, where the weights are."""
+
+    def norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """||P|| of each block, one vector for each parameter group."""
+
+    def products(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """<P, D> over all blocks of each parameter group, ()."""
+
+    def total(self, number: Tensor) -> Tensor:
+        """Sum over ranks of what each knows of its own blocks."""
+
+    def mean(self, number: Tensor) -> Tensor:
+        """Mean over ranks."""
 
     def agreed(self, fine: Tensor) -> Tensor:
         """Whether all ranks found the gradients of this step finite, ()."""
+
+    def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
+        """The optimizer's state, whole: `factors` says which parameter holds each factor's."""
+
+    def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        """Raise RankMismatchError unless all ranks have the same model, options and weights."""
 
 
 class Alone:
     """One rank."""
 
-    def statistics_(self, store: FactorStore) -> None:
-        """Nothing to add."""
+    held: Held | None = None
 
-    def owned(self, keys: Sequence[FactorKey] | None) -> Sequence[FactorKey] | None:
-        """All."""
-        return keys
+    def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
+        """Nothing to do with them."""
 
-    def inverses_(self, store: FactorStore, keys: Sequence[FactorKey] | None) -> None:
-        """Where they are."""
+    def gradients_(self, params: Sequence[Parameter]) -> None:
+        """As they are."""
+
+    def seen(self, store: FactorStore, how: Normalisation) -> Tensor:
+        """On this rank."""
+        return store.seen() > 0
+
+    def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
+        """Here."""
+        store.fold_(how, due)
+
+    def changes(self, store: FactorStore) -> Tensor:
+        """All are here."""
+        return store.changes()
+
+    def invert_(self, store: FactorStore, keys: Sequence[FactorKey] | None) -> None:
+        """Here."""
+        store.invert_(keys)
+
+    def matrices_(self, lists: Sequence[Lists], grads: Sequence[Sequence[Tensor]]) -> None:
+        """Copied."""
+        for each, given in zip(lists, grads, strict=True):
+            torch._foreach_copy_(each.grads, list(given))
 
     def applied(self, blocks: Sequence[int]) -> Sequence[bool]:
         """Every one."""
         return [True] * len(blocks)
 
-    def updates_(self, updates: Sequence[Tensor]) -> None:
+    def updates_(self, lists: Sequence[Lists]) -> None:
         """Complete."""
+
+    def norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """Of what is here."""
+        return [torch.stack(torch._foreach_norm(each.row_updates)) for each in lists]
+
+    def products(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """Of what is here."""
+        return [torch.dot(each.flat_updates, each.flat_grads) for each in lists]
+
+    def total(self, number: Tensor) -> Tensor:
+        """That of one rank."""
+        return number
+
+    def mean(self, number: Tensor) -> Tensor:
+        """That of one rank."""
+        return number
 
     def agreed(self, fine: Tensor) -> Tensor:
         """As found."""
         return fine
+
+    def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
+        """As it is."""
+        return dict(state)
+
+    def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        """There is only one."""

@@ -16,7 +16,7 @@ from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.curvature import CLOCK, Curvature
-from triton_curv.optimizers.exchange import Alone, Exchange
+from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
@@ -26,6 +26,9 @@ from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
+from triton_curv.sharding.options import Sharding
+from triton_curv.sharding.ranks import Where, find_ranks
+from triton_curv.sharding.team import exchange_for
 
 
 class KFAC(Optimizer):
@@ -88,6 +91,14 @@ class KFAC(Optimizer):
         grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
         maximize: ascend instead of descend.
 
+    Args, on several ranks of torch.distributed:
+        process_group: "auto": the ranks of the model's DDP wrapper or of its FSDP2 mesh; of a model without a wrapper
+            all ranks. Or a group, or a mesh (replicate, shard) whose rows each hold every factor once; or "alone": each
+            rank trains a model of its own. Each step then is that of one process on the batches of all ranks together:
+            gradients are means over ranks, as DDP has them (sums for reduction="sum"). If batches differ in size, let
+            each rank's loss be (ranks / all samples) times its sum, and say `count(all samples / ranks)`.
+        sharding: how curvature is shared out over the ranks, a `Sharding`.
+
     Raises:
         ConfigurationError: an argument out of range, or a model without any layer that has a block.
         NoStatisticsError: at the first refresh, if a layer has gradients but its tap saw no backward pass; at any, if
@@ -127,6 +138,8 @@ class KFAC(Optimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
+        process_group: Where = "auto",
+        sharding: Sharding | None = None,
     ) -> None:
         self.options = KFACOptions(
             fisher=fisher,
@@ -147,9 +160,10 @@ class KFAC(Optimizer):
         )
         if relative_damping is None:
             relative_damping = 0.03 if damping is None else 0.0
-        self._model = model
+        self._found = find_ranks(model, process_group)
+        self._sharding = Sharding() if sharding is None else sharding
+        self._model = self._found.model
         self._scaler = grad_scaler
-        self._exchange: Exchange = Alone()
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -189,6 +203,9 @@ class KFAC(Optimizer):
             check_hyper_parameters(group)
 
         ordered = {name: rules[name] for group in blocks_of for name in group}
+        wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
+        dtype = torch.float64 if wide else torch.float32
+        self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype)
         clock = self.param_groups[0]
         self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block, self._exchange)
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
@@ -199,6 +216,8 @@ class KFAC(Optimizer):
             [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=like.device
         )
         self._init_state()
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._exchange.require_equal([self._names[p] for p in params], params)
         self._ready = True
 
     def _init_state(self) -> None:
@@ -332,6 +351,7 @@ class KFAC(Optimizer):
                 loss = closure()
         steps = self._steps
         curvature = self._curvature
+        self._exchange.gradients_([p for group in self.param_groups for p in group["params"]])
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
             curvature.renew_statistics(steps)
         if curvature.any_seen:
@@ -392,14 +412,15 @@ class KFAC(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         changing = ("momentum_buffer", "exp_avg", "exp_avg_sq")
         state = [self.state[p][name] for p in params for name in changing if name in self.state[p]]
-        return Before.of(evaluated(self._model, evaluate, steps), params, state)
+        return Before.of(self._exchange.mean(evaluated(self._model, evaluate, steps)), params, state)
 
     def _judge(self, before: Before, evaluate: Evaluate, steps: int) -> None:
         """The reduction ratio moves the damping; a step that raised the loss is taken back if the rule says so."""
         rule, summed = self.options.damping_rule, self.options.reduction == "sum"
-        after = evaluated(self._model, evaluate, steps)
+        after = self._exchange.mean(evaluated(self._model, evaluate, steps))
         units = self._store.samples.amax() if summed else 1.0
-        predicted = predicted_change(self.blocks.values(), before, self.options.loss_scale, units)
+        blocks = [block for block in self.blocks.values() if self._store.owns(next(iter(block.keys.values())))]
+        predicted = predicted_change(blocks, before, self.options.loss_scale, units, self._exchange.total)
         sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
         ratio = reduction_ratio(sign * before.loss, sign * after, sign * predicted)
         self._curvature.damping_gain.copy_(
@@ -412,6 +433,19 @@ class KFAC(Optimizer):
             self._curvature.monitor.watch()
 
     # ---- state and reports
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state, as `load_state_dict` takes it, on any number of ranks.
+
+        On several ranks, which hold parts of it, this is a collective: call it on all of them, then save on one.
+        """
+        state = super().state_dict()
+        if not self.__dict__.get("_ready", False):
+            return state  # a copy: torch copies an optimizer's state and groups, nothing else
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        rows = [row for matrices in self._matrices for row in matrices.rows]
+        factors = {key: places[row.parts[0].param] for row in rows for key in row.block.keys.values()}
+        return {**state, "state": self._exchange.whole(state["state"], factors)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

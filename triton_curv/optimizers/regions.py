@@ -18,7 +18,6 @@ def fold_(
     exchange: Exchange,
 ) -> None:
     """Fold pending statistics into the moving averages, those of `moving` blocks' second moments included."""
-    exchange.statistics_(store)
     if moving:
         scale, weight = store.pending(how)
         for block in moving:
@@ -26,7 +25,7 @@ def fold_(
             rows = store.rows(block.keys["G"])
             block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
             block.renew_gains_()
-    store.fold_(how, due)
+    exchange.fold_(store, how, due)
 
 
 def refresh_(
@@ -42,8 +41,7 @@ def refresh_(
     """
     if dampings is not None:
         store.set_shifts_(*dampings)
-    store.invert_(exchange.owned(keys))
-    exchange.inverses_(store, keys)
+    exchange.invert_(store, keys)
     owners = {key.block for key in (store.keys if keys is None else keys)}
     for block in turned:
         if block.moments is not None and block.index in owners:

@@ -81,14 +81,21 @@ class Before(NamedTuple):
             tensor.copy_(torch.where(where.to(tensor.device), copy, tensor))
 
 
-def predicted_change(blocks: Iterable[Block], before: Before, scale: float, curvature_scale: Tensor | float) -> Tensor:
+def predicted_change(
+    blocks: Iterable[Block],
+    before: Before,
+    scale: float,
+    curvature_scale: Tensor | float,
+    total: Callable[[Tensor], Tensor],
+) -> Tensor:
     """g.d + d.(F + lambda I)d / 2 of the step d that was taken; g = p.grad / scale, F in units of the mean loss.
 
-    Parameters without a block count with g.d alone.
+    Parameters without a block count with g.d alone. `total` adds up what ranks know of their own `blocks`.
     """
     moved = {p: p.detach() - old for p, old in zip(before.params, before.weights, strict=True)}
     linear = [torch.sum(p.grad * d) for p, d in moved.items() if p.grad is not None]
     change = torch.stack([term.to(before.loss.dtype) for term in linear]).sum() / scale
+    curved = torch.zeros_like(change)
     for block in blocks:
         if not all(p in moved for p in block.rule.params.values()):
             continue
@@ -96,8 +103,8 @@ def predicted_change(blocks: Iterable[Block], before: Before, scale: float, curv
         matrix = torch.zeros(block.rule.matrix_shape, dtype=some.dtype, device=some.device)
         for name, part in block.rule.views(matrix).items():
             part.copy_(moved[block.rule.params[name]])
-        change = change + 0.5 * curvature_scale * torch.sum(matrix * damped_product(block, matrix)).to(change.dtype)
-    return change
+        curved = curved + 0.5 * curvature_scale * torch.sum(matrix * damped_product(block, matrix)).to(change.dtype)
+    return change + total(curved)
 
 
 def reduction_ratio(before: Tensor, after: Tensor, predicted: Tensor) -> Tensor:

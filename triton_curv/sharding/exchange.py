@@ -1,7 +1,7 @@
 """Collectives on contiguous buffers that are shared out unevenly: counted, asynchronous, free in a world of one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -171,3 +171,29 @@ class Channel:
         work = dist.all_reduce(out, op=op, group=self.group, async_op=True)
         self.ledger.note("all-reduce", 2 * (self.size - 1) * out.numel() * out.element_size() // self.size)
         return Pending([work], lambda: out.to(tensor.dtype))
+
+
+def gather_pieces(
+    channel: Channel, own: Sequence[Tensor], sizes: Sequence[Sequence[int]], like: Tensor
+) -> list[list[Tensor]]:
+    """Every rank's list of tensors, flat, on all ranks: `sizes[r]` are the lengths of those of rank r.
+
+    On a float16 wire each is divided by its largest number, which travels beside it as it is. `like` has the dtype.
+    """
+    flat = [piece.reshape(-1) for piece in own]
+    if channel.size == 1:
+        return [flat]
+    scales: Tensor | None = None
+    if channel.wire == torch.float16 and any(map(len, sizes)):
+        most = torch.stack([piece.abs().amax() for piece in flat]) if flat else like.new_zeros(0)
+        most = torch.where(most == 0, 1.0, most)
+        scales = replace(channel, wire=None).all_gather(most, [len(each) for each in sizes]).wait()
+        flat = [piece / most[i] for i, piece in enumerate(flat)]
+    share = torch.cat(flat) if flat else like.new_zeros(0)
+    whole = channel.all_gather(share, [sum(each) for each in sizes]).wait()
+    pieces = iter(whole.split([size for each in sizes for size in each]))
+    found = [[next(pieces) for _ in each] for each in sizes]
+    if scales is not None:
+        factors = iter(scales.unbind())
+        found = [[piece * next(factors) for piece in each] for each in found]
+    return found

@@ -1,4 +1,4 @@
-"""Updates of lists of tensors: `momentum_update_`, `neumann_update_`, `cg_update_`, `cg_direction_`."""
+"""Updates of lists of tensors: `momentum_update_`, `neumann_update_`, `cg_update_`, `cg_direction_`, `cg_dots`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -45,26 +45,40 @@ def cg_update_inputs(problem: ListProblem, device: torch.device) -> Inputs:
     return (*_tensors(problem, device, "mmmm"), torch.tensor(0.1, device=device), torch.zeros((), device=device))
 
 
+def cg_dots_inputs(problem: ListProblem, device: torch.device) -> Inputs:
+    """(a, b)."""
+    return tuple(_tensors(problem, device, "mm"))
+
+
+def cg_dots_reference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(<a, b>, <a, a>)."""
+    return torch.stack([cg.cg_dot_reference(a, b), cg.cg_dot_reference(a, a)])
+
+
 def cg_direction_inputs(problem: ListProblem, device: torch.device) -> Inputs:
     """(direction, residual, beta)."""
     return (*_tensors(problem, device, "mm"), torch.tensor(0.5, device=device))
 
 
-def _results(call: Callable[..., None], changed: Sequence[int]) -> Callable[..., list[Tensor]]:
-    """`call` as a function of its inputs that returns those it changes, in order."""
+def _results(call: Callable[..., Any], changed: Sequence[int]) -> Callable[..., list[Tensor]]:
+    """`call` as a function of its inputs that returns those it changes, in order, or what it returns if none."""
 
     def run(inputs: Inputs, config: Any = None) -> list[Tensor]:
-        call(*inputs) if config is None else call(*inputs, config=config)
-        found = [inputs[place] for place in changed]
+        returned = call(*inputs) if config is None else call(*inputs, config=config)
+        found = [inputs[place] for place in changed] if changed else [returned]
         return [t for item in found for t in (item if isinstance(item, list) else [item])]
 
     return run
 
 
-def describe(inputs: Inputs) -> list[ListProblem]:
-    """One problem, since the whole list is one launch; none for a list without elements."""
-    tensors = inputs[0]
-    return [ListProblem.of(tensors)] if sum(t.numel() for t in tensors) else []
+def _describing(name: str) -> Callable[[Inputs], list[tuple[str, Any]]]:
+    """One problem a call, since the whole list is one launch; none for a list without elements."""
+
+    def describe(inputs: Inputs) -> list[tuple[str, Any]]:
+        tensors = inputs[0]
+        return [(name, ListProblem.of(tensors))] if sum(t.numel() for t in tensors) else []
+
+    return describe
 
 
 EXAMPLES = tuple(ListProblem(1 << exponent, torch.float32) for exponent in (12, 16, 20, 24))
@@ -80,9 +94,9 @@ def _declare(
     module: ModuleType,
     numerics: tuple[str, ...],
     make_inputs: Callable[[ListProblem, torch.device], Inputs],
-    launch: Callable[..., None],
-    reference: Callable[..., None],
-    changed: Sequence[int],
+    launch: Callable[..., Any],
+    reference: Callable[..., Any],
+    changed: Sequence[int] = (),
 ) -> Op[ListProblem, ListConfig]:
     return register(
         Op(
@@ -98,7 +112,7 @@ def _declare(
             make_inputs=make_inputs,
             launch=_results(launch, changed),
             reference=_results(reference, changed),
-            describe=describe,
+            describe=_describing(name),
             examples=EXAMPLES,
         )
     )
@@ -130,6 +144,14 @@ CG_UPDATE = _declare(
     cg.launch_cg_update,
     cg.cg_update_reference,
     changed=(0, 1, 5),
+)
+CG_DOTS = _declare(
+    "cg_dots",
+    cg,
+    cg.NUMERICS,
+    cg_dots_inputs,
+    cg.launch_cg_dots,
+    cg_dots_reference,
 )
 CG_DIRECTION = _declare(
     "cg_direction_",

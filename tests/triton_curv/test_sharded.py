@@ -1,0 +1,39 @@
+"""K-FAC on several ranks is K-FAC of one process on the batches of all ranks together."""
+
+from functools import cache
+
+import pytest
+from torch import Tensor
+
+import triton_curv as tc
+from tests.support.processes import on_ranks
+from tests.support.sharded import Case, difference, equality, single, unpacked
+
+TOLERANCE = 1e-12
+
+EQUAL = [
+    Case("none"),
+    Case("ddp"),
+    Case("ddp", sharding={"gradients": "reduce_scatter"}, options={"update_size": "kl_clip"}),
+    Case("none", sharding={"gather": "inverses"}, options={"reduction": "sum", "fallback": "sgd"}),
+    Case("ddp", sharding={"grad_worker_fraction": 0.5, "collectives": "padded"}, options={"refresh_budget": 3}),
+    Case("none", sharding={"collectives": "padded"}, options={"inverse": "neumann", "update_size": "kl_clip"}),
+    Case("none", options={"factor_interval": tc.AdaptiveInterval(0.5), "rescale": "paper"}),
+    Case("ddp", options={"damping_rule": tc.LevenbergMarquardt(interval=2, reject=True), "weight_decay": 0.1}),
+]
+
+
+@cache
+def expected(index: int) -> dict[str, Tensor]:
+    return single(EQUAL[index])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_together_equal_one_process_and_repeat_themselves(world: int) -> None:
+    answers = [unpacked(answer) for answer in on_ranks(world, equality, world, EQUAL, timeout_s=240)]
+    for i, case in enumerate(EQUAL):
+        for _, same, repeats in (answer[i] for answer in answers):
+            assert same, f"{case}: ranks differ"
+            assert repeats, f"{case}: two runs differ"
+        error = difference(answers[0][i][0], expected(i))
+        assert error < TOLERANCE, f"{case}: {error}"
