@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_curv as tc
+from triton_curv.sharding.options import Sharding
 
 STEPS, SAMPLES = 3, 12
 SHARES = {1: (12,), 2: (6, 6), 3: (4, 4, 4)}
@@ -71,6 +72,9 @@ def optimizer_for(case: Case, model: nn.Module) -> torch.optim.Optimizer:
         first, *others = model.parameters()
         groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "lr": 0.05}]
         return tc.Neumann(groups, lr=0.1, warmup=1, period=2, **options)
+    if case.optimizer == "newton-kfac":
+        kfac = tc.KFAC(model, damping=0.1, factor_interval=1, sharding=Sharding(gather="inverses"))
+        return tc.NewtonCG(model, preconditioner=kfac, **options)
     return tc.SGN(model, **options) if case.optimizer == "sgn" else tc.NewtonCG(model, **options)
 
 

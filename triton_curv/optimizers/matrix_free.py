@@ -21,7 +21,12 @@ from triton_curv.operators.hvp import HessianOperator
 from triton_curv.operators.loss import check_finite
 from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype, zeros_like
 from triton_curv.optimizers.kfac import KFAC
-from triton_curv.optimizers.preconditioner import KFACPreconditioner, Preconditioner, diagonal_preconditioner
+from triton_curv.optimizers.preconditioner import (
+    KFACPreconditioner,
+    Preconditioner,
+    diagonal_preconditioner,
+    require_all_inverses,
+)
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.sharding.mean import RankMean
 from triton_curv.sharding.ranks import Where, find_ranks
@@ -131,8 +136,8 @@ class MatrixFree(Optimizer):
         super().__init__(_param_groups(model, defaults, groups), defaults)
         self._mean = RankMean(self._found, self.param_groups[0]["params"][0].device)
         self._opt_called = True  # an LR scheduler looks for it
-        if isinstance(preconditioner, KFAC) and self._mean.size > 1:
-            raise ConfigurationError("expected preconditioner 'identity' or 'diagonal' on several ranks, got KFAC")
+        if isinstance(preconditioner, KFAC):
+            require_all_inverses(preconditioner, self._found)
         self._diagonal = preconditioner == "diagonal"
         self._kfac = KFACPreconditioner(preconditioner, self._names) if isinstance(preconditioner, KFAC) else None
 

@@ -52,7 +52,7 @@ class NewtonCG(MatrixFree):
         hessian: "full": one system over all parameters; "per_tensor": one for each parameter tensor, with its own
             diagonal block of H and its own feasibility check (what the authors' Keras optimizer does).
         preconditioner: "identity", "diagonal" (1/(g^2 + tau)^0.75) or a `KFAC` of the same model, whose `step` is never
-            called; with "full" only.
+            called; with "full" only. On several ranks it needs `Sharding(gather="inverses")`.
         line_search: halve the step until the loss falls enough (Armijo); the authors have none.
         warm_start: in [0, 1]: CG starts from this multiple of the last direction; 0 is the authors' zero start.
         product: "reverse", "forward" or "compiled" Hessian-vector products (`HessianOperator`); "auto": that of the

@@ -75,7 +75,7 @@ class SGN(MatrixFree):
         line_search: halve the step until the loss falls enough (Armijo, c = 1e-4, at most 10 times).
         momentum: in [0, 1): the right-hand side is the bias-corrected moving average of gradients.
         preconditioner: "identity", "diagonal" (1/(m^2 + rho)^0.75) or a `KFAC` of the same model, whose `step` is never
-            called.
+            called. On several ranks it needs `Sharding(gather="inverses")`.
         product: how J v is made, "jvp", "double_vjp" or "compiled" (`GaussNewtonOperator`); "auto": that of the first
             two, "fastest": that of all three that a first measurement finds fastest; `explain()` names it. Compiling
             takes seconds to minutes. Measured times differ from run to run: name one for bitwise reproducible training.
