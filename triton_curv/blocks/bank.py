@@ -363,6 +363,15 @@ class FactorStore:
         self.units_known = False
         self._stash = None
 
+    def drop_(self, keep: Tensor | float) -> None:
+        """Drop pending statistics; where there are some, N so far too, except `keep`, which is of coming ones."""
+        if known_true(self.counts == 0):
+            return
+        self.units.copy_(torch.where((self.counts > 0).any(), keep, self.units))
+        for bank in self.banks:
+            bank.sums.zero_()
+        self.counts.zero_()
+
     def stash(self) -> None:
         """Put pending statistics aside, out of the reach of a backward pass that will add others."""
         self._stash = ([bank.sums.clone() for bank in self.banks], self.counts.clone())

@@ -83,7 +83,9 @@ class FrozenClosure:
     masks, running statistics are touched once, and later random numbers do not depend on how often it was run. Other
     sources of randomness (Python's `random`, own generators, a data loader) must be kept out of the closure.
 
-    scaled_dot_product_attention takes the math backend: the others have no second derivatives.
+    scaled_dot_product_attention takes the math backend: the others have no second derivatives. For the same reason
+    functions that `torch.compile` made, the model itself perhaps, run uncompiled while `eager`: aot_autograd has no
+    double backward.
 
     A closure may return one result, a list of results or a generator of them, one for each micro-batch; their losses
     add up. The graphs of a list are all kept and reused. A generator (`streams`) is run again for each product, so
@@ -95,10 +97,11 @@ class FrozenClosure:
     random numbers.
     """
 
-    def __init__(self, model: nn.Module, closure: Closure, weights: Weights | None = None) -> None:
+    def __init__(self, model: nn.Module, closure: Closure, weights: Weights | None = None, eager: bool = True) -> None:
         self.model = model
         self.closure = closure
         self.weights = Weights([]) if weights is None else weights
+        self.eager = eager
         self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self._start: list[Tensor] = []
         self.streams = False
@@ -130,6 +133,10 @@ class FrozenClosure:
             self._run(consume)
 
     def _run(self, consume: Consumer) -> None:
+        with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():
+            self._consume(consume)
+
+    def _consume(self, consume: Consumer) -> None:
         results = self.closure()
         self.streams = isinstance(results, GeneratorType)
         self.several = isinstance(results, list | GeneratorType)

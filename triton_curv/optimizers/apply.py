@@ -45,7 +45,7 @@ def apply_(
         precondition(lists, samples, options, exchange.applied(lists.block_indices))
     exchange.updates_(every)
     norms = exchange.norms(every)
-    of_loose = [torch.stack(torch._foreach_norm(loose))] if loose else []
+    of_loose = [torch.stack(torch._foreach_norm(loose, 2, samples.dtype))] if loose else []  # fp16 ends at 65504
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
@@ -60,7 +60,8 @@ def apply_(
         of_param = [of_row[row] for row in lists.row_of_param]
         momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
     if options.rescale != "none":
-        rescale_([p for each in work for p in each.lists.params if p.dim() > 1], options.rescale, finite)
+        fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
+        rescale_(fans, options.rescale, finite)
     return finite
 
 
@@ -90,13 +91,14 @@ def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, 
     return [nu.expand_as(n) for n in norms]
 
 
-def rescale_(weights: Sequence[Tensor], how: Rescale, happens: Tensor) -> None:
-    """w <- sqrt(2 d_out) w / (||w|| + 1e-9), d_out = w.shape[0]; "code" only shrinks (arXiv 2002.06015 eq. 24)."""
+def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor) -> None:
+    """w <- sqrt(2 d_out) w / (||w|| + 1e-9) of pairs (w, d_out); "code" only shrinks (arXiv 2002.06015 eq. 24)."""
     if how == "none" or not weights:
         return
-    norms = torch.stack(torch._foreach_norm(list(weights)))
-    targets = torch.tensor([(2.0 * len(w)) ** 0.5 for w in weights], dtype=norms.dtype, device=norms.device)
+    tensors = [w for w, _ in weights]
+    norms = torch.stack(torch._foreach_norm(tensors))
+    targets = torch.tensor([(2.0 * d) ** 0.5 for _, d in weights], dtype=norms.dtype, device=norms.device)
     factors = targets / (norms + RESCALE_EPS)
     if how == "code":
         factors = factors.clamp_max(1.0)
-    torch._foreach_mul_(list(weights), list(torch.where(happens, factors, 1.0).unbind()))
+    torch._foreach_mul_(tensors, list(torch.where(happens, factors, 1.0).unbind()))

@@ -267,7 +267,7 @@ class MatrixFree(Optimizer):
         loss = start.loss
         return -loss if self._shared("maximize") else loss
 
-    def _freeze(self, closure: Closure, weights: Weights) -> FrozenClosure:
+    def _freeze(self, closure: Closure, weights: Weights, eager: bool = True) -> FrozenClosure:
         if not callable(closure):
             raise ClosureError(
                 f"{type(self).__name__}.step needs a closure that computes the loss and does not call backward(), "
@@ -275,7 +275,7 @@ class MatrixFree(Optimizer):
             )
         if self._kfac is not None:
             self._kfac.taps_off()
-        return FrozenClosure(self.model, closure, weights)
+        return FrozenClosure(self.model, closure, weights, eager)
 
     def _trained(self) -> dict[str, Parameter]:
         return {self._names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}

@@ -89,7 +89,8 @@ class NeumannInner(MatrixFree):
         """
         maximize = self._shared("maximize")
         weights = self._weights(list(self._trained().values()))
-        frozen = self._freeze(negated(closure) if maximize else closure, weights)
+        # gradients alone: what is compiled may stay so
+        frozen = self._freeze(negated(closure) if maximize else closure, weights, eager=False)
         params = weights.tensors
         eta, damping = number(self._shared("inner_lr")), number(self._shared("damping"))
         trial = Trial(params, frozen, as_loss, self._mean)
