@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvNd
 
+from triton_curv.blocks.products import add_product_, waiting
 from triton_curv.blocks.rule import FactorShape, Uses
-from triton_curv.costs import Cost, factor_cost, triangle
+from triton_curv.costs import NOTHING, Cost, factor_cost, triangle
 from triton_curv.nvtx import stage
-from triton_curv_kernels import accumulate_factor_, accumulate_patch_factor_
+from triton_curv_kernels import accumulate_patch_factor_
 
 
 def patch_cost(total: Tensor, inputs: Tensor, rows: int) -> Cost:
@@ -21,6 +22,11 @@ def patch_cost(total: Tensor, inputs: Tensor, rows: int) -> Cost:
         factor_cost(rows, n, groups).flops,
         inputs.numel() * inputs.element_size() + 2 * groups * triangle(n) * total.element_size(),
     )
+
+
+def signal_cost(total: Tensor, grad_output: Tensor) -> Cost:
+    """Of G += g^T g, (groups, n, n), if that is done at once."""
+    return NOTHING if waiting() else factor_cost(grad_output[:, 0].numel(), total.shape[-1], len(total))
 
 
 class ConvRule:
@@ -71,7 +77,7 @@ class ConvRule:
             padding_mode=conv.padding_mode,
         )
 
-    @stage("factor G", payload=lambda rule, total, grad: factor_cost(grad[:, 0].numel(), total.shape[-1], len(total)))
+    @stage("factor G", payload=lambda rule, total, grad: signal_cost(total, grad))
     def _accumulate_signal_(self, total: Tensor, grad_output: Tensor) -> int:
         """G += g^T g; returns the rows of g for each group."""
         groups, per_group, _ = self.matrix_shape
@@ -79,9 +85,9 @@ class ConvRule:
         signal = grad_output.reshape(grad_output.shape[0], groups, per_group, -1)
         signal = signal.permute(1, 0, 3, 2).reshape(groups, -1, per_group)
         if groups == 1:
-            accumulate_factor_(total[0], signal[0])
+            add_product_(total[0], signal[0])
         else:
-            accumulate_factor_(total, signal)
+            add_product_(total, signal)
         return signal.shape[1]
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:

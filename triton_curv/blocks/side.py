@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from triton_curv.blocks.products import add_product_, waiting
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.costs import NOTHING, Cost, factor_cost
 from triton_curv.nvtx import Stage, stage
-from triton_curv_kernels import accumulate_factor_
 
 MAX_BLOCKS = 4  # a factor that needs more blocks than this is made diagonal
 
@@ -55,7 +55,9 @@ class Side:
         return f"{self.name} split into {count} diagonal blocks ({self.size} coordinates)" if count > 1 else ""
 
     def _cost_of(self, rows: Tensor) -> Cost:
-        """Of adding the outer products of rows."""
+        """Of adding the outer products of rows, if that is done at once."""
+        if waiting() and not self.diagonal:
+            return NOTHING
         shapes = self.shapes.values()
         return sum((factor_cost(rows.shape[-2], s.size, s.batch, rows.element_size()) for s in shapes), NOTHING)
 
@@ -77,9 +79,9 @@ class Side:
                 stop = start + width
                 part = rows[..., start:stop]
                 if self.groups == 1:
-                    accumulate_factor_(factor[0, block], part[0], scale, ones=ones and stop == self.size)
+                    add_product_(factor[0, block], part[0], scale, ones=ones and stop == self.size)
                 else:
-                    accumulate_factor_(factor[:, block], part, scale, ones=ones and stop == self.size)
+                    add_product_(factor[:, block], part, scale, ones=ones and stop == self.size)
                 start = stop
 
     def present(self, factor: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ class KFAC(Optimizer):
                 until the next `count()` or `step()`. Linear, Embedding and attention layers use it; convolutions,
                 whose patches mix positions, don't.
 
-        On steps without statistics it does nothing.
+        On steps without statistics it does nothing. `zero_grad()` forgets it together with statistics that it drops.
 
         """
         self._curvature.count(units, mask)
@@ -439,6 +439,15 @@ class KFAC(Optimizer):
             before.restore_(worse)
             self._curvature.events[3].add_(worse.to(self._curvature.events.device))
             self._curvature.monitor.watch()
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them.
+
+        A GradScaler left the step out, or another network's loss was sent back. What `sample_fisher` took stays.
+        """
+        self._curvature.drop()
+        super().zero_grad(set_to_none)
 
     # ---- state and reports
 
