@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
-from triton_curv.costs import NOTHING, Cost, inverse_cost
+from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
@@ -328,16 +328,6 @@ class FactorStore:
             part.copy_(part[:, order[:, None], order])
         return sums
 
-    def fold_cost(self) -> Cost:
-        """Of one fold: sums read, averages read and written, a multiply-add a number."""
-        sums, averages = (sum(getattr(bank, name).numel() for bank in self.banks) for name in ("sums", "averages"))
-        return Cost(2 * averages, (sums + 2 * averages) * self.samples.element_size())
-
-    def inversion_cost(self, keys: Sequence[FactorKey] | None = None) -> Cost:
-        """Of `invert_` by Cholesky."""
-        pieces = ((bank.size, place.stop - place.start) for bank, place in self._pieces(keys))
-        return sum((inverse_cost(size, count, self.samples.element_size()) for size, count in pieces), NOTHING)
-
     def fold_(self, how: Normalisation, due: Tensor | None = None) -> None:
         """Fold the pending sums into the averages and empty them."""
         scale, weight = self.pending(how, due)
@@ -463,7 +453,7 @@ class FactorStore:
         members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
         return damping[owner] + relative[owner] * total[owner] / members[owner]
 
-    @stage("inverse", payload=lambda store, keys=None: store.inversion_cost(keys))
+    @stage("inverse", payload=inversion_cost)
     def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:
         """Recompute damped inverses, or eigenbases, from the averages: all of them, or those of some factors."""
         for bank, place in self._pieces(keys):

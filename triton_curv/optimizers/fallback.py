@@ -9,6 +9,9 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from triton_curv.costs import update_cost
+from triton_curv.nvtx import stage
+
 FallbackName = Literal["adamw", "sgd"]
 
 
@@ -53,6 +56,7 @@ class AdamWFallback:
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
     def update(
         self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
     ) -> None:
@@ -118,6 +122,7 @@ class SGDFallback:
             "momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
     def update(
         self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
     ) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triton_curv.blocks import LayerOptions, NormFisher, WeightSharing
-from triton_curv.costs import update_cost
 from triton_curv.coverage import Coverage, coverage_of
 from triton_curv.damping import ConstantDamping, DampingRule
 from triton_curv.errors import ConfigurationError
@@ -393,11 +392,7 @@ class KFAC(Optimizer):
             curvature.monitor.watch()
         for group, params in self._loose():
             if params:
-                self._update_loose(group, params, None if healthy else finite)
-
-    @stage("update", payload=lambda optimizer, group, params, happens: update_cost(sum(p.numel() for p in params)))
-    def _update_loose(self, group: dict[str, Any], params: list[nn.Parameter], happens: Tensor | None) -> None:
-        FALLBACKS[self.options.fallback].update(params, self.state, group, happens)
+                FALLBACKS[self.options.fallback].update(params, self.state, group, None if healthy else finite)
 
     def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
         """Parameter groups without blocks, and those of their parameters that have gradients."""
