@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from profiles.bench_memory import held_by
 from triton_curv import KFAC, ConfigurationError
 from triton_curv.blocks.cost import rows_of_call
 from triton_curv.cli import main
@@ -102,6 +103,14 @@ def rows_seen(optimizer: KFAC, name: str) -> float:
     return float(optimizer.blocks[name].counts[0])
 
 
+def test_all_memory_is_what_building_the_optimizer_brings_to_life() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(64, 100), nn.PReLU(), nn.Linear(100, 40))
+
+    told = explain(without_data(net()), "net", (2, 3, 4, 4))
+    assert sum(told.memory().values()) == pytest.approx(held_by(KFAC, without_data(net())), rel=0.02)
+
+
 def test_a_whole_norm_fisher_is_exact_and_unreached_layers_are_named() -> None:
     class Spare(nn.Module):
         def __init__(self) -> None:
@@ -146,9 +155,27 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert told["rows"][0]["statistics"]["flops"] == 2 * 16 * 64 * (45 + 136)
 
 
+def test_ranks_send_what_the_plan_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = ["explain", "digits-cnn", "--world-size", "4", "--html", str(page)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "4 ranks: 4, 1 rank preconditions each layer" in shown
+    assert "x SGD's" in shown
+    assert "4 ranks: 4" in page.read_text()
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ranks"]["world_size"] == 4
+    assert len(told["ranks"]["memory"]) == 4
+    assert set(told["ranks"]["owners"]) == {row["layer"] for row in told["rows"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("explain digits-cnn --world-size 0", "world of at least one rank"),
+        ("explain digits-cnn --world-size 2 --machine abacus", "expected a machine"),
+        ("explain digits-cnn --world-size 2 --parallel zero", "expected --parallel"),
         ("explain nothing", "expected a scenario"),
         ("explain tests.triton_curv.test_explain:nothing", "expected module:factory"),
         ("explain tests.triton_curv.test_explain:CHROMIUM", "function that builds a model|torch.nn.Module"),
