@@ -17,6 +17,10 @@ class NoStatisticsError(TritonCurvError, RuntimeError):
     """Curvature was asked for before any backward pass gave statistics."""
 
 
+class ChangedInputError(TritonCurvError, RuntimeError):
+    """A layer's input or gradient was changed in place before its statistics were taken."""
+
+
 class StateMismatchError(TritonCurvError, ValueError):
     """A state dict that belongs to another model or another optimizer."""
 
