@@ -13,6 +13,7 @@ step, which other work on the machine does not change much; `wall_ms`, the faste
 """
 
 import argparse
+import multiprocessing
 import os
 import socket
 import time
@@ -24,8 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 import triton_curv as tc
@@ -70,8 +71,8 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_start, (world, port, results, work, arguments), nprocs=world)
+    results: Any = multiprocessing.get_context("spawn").SimpleQueue()
+    spawn(_start, (world, port, results, work, arguments), nprocs=world)  # type: ignore[no-untyped-call]  # torch's
     return [value for _, value in sorted(results.get() for _ in range(world))]
 
 
