@@ -72,7 +72,7 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     results: Any = multiprocessing.get_context("spawn").SimpleQueue()
-    spawn(_start, (world, port, results, work, arguments), nprocs=world)  # type: ignore[no-untyped-call]  # torch's
+    spawn(_start, (world, port, results, work, arguments), nprocs=world)
     return [value for _, value in sorted(results.get() for _ in range(world))]
 
 
