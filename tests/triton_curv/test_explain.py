@@ -155,27 +155,25 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert told["rows"][0]["statistics"]["flops"] == 2 * 16 * 64 * (45 + 136)
 
 
-def test_ranks_send_what_the_plan_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_shows_what_ranks_share(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    command = ["explain", "digits-cnn", "--world-size", "4", "--html", str(page)]
-    assert main(command) == 0
+    assert main(["explain", "digits-cnn", "--world-size", "4", "--machine", "h100", "--html", str(page)]) == 0
     shown = capsys.readouterr().out
-    assert "4 ranks: 4, 1 rank preconditions each layer" in shown
-    assert "x SGD's" in shown
-    assert "4 ranks: 4" in page.read_text()
-    assert main([*command, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ranks"]["world_size"] == 4
-    assert len(told["ranks"]["memory"]) == 4
-    assert set(told["ranks"]["owners"]) == {row["layer"] for row in told["rows"]}
+    assert all(word in shown for word in ("4 ranks", "balance", "x SGD's", "fullest rank", "predicted", "H100"))
+    assert "x SGD" in page.read_text(encoding="utf-8")
+    command = ["explain", "digits-cnn", "--world-size", "8", "--shard-size", "4", "--parallel", "fsdp", "--json"]
+    assert main(command) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert ranks["grid"] == {"replicas": 2, "rows": 1, "columns": 4}
+    assert len(ranks["bytes_per_step"]) == 4
+    assert {"gradients of replicas", "gradients to workers"} <= {transfer["stage"] for transfer in ranks["sent"]}
+    assert main(["explain", "digits-cnn", "--world-size", "6", "--shard-size", "4"]) == 2
+    assert "divide the world of 6 ranks, got 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("explain digits-cnn --world-size 0", "world of at least one rank"),
-        ("explain digits-cnn --world-size 2 --machine abacus", "expected a machine"),
-        ("explain digits-cnn --world-size 2 --parallel zero", "expected --parallel"),
         ("explain nothing", "expected a scenario"),
         ("explain tests.triton_curv.test_explain:nothing", "expected module:factory"),
         ("explain tests.triton_curv.test_explain:CHROMIUM", "function that builds a model|torch.nn.Module"),

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from triton_curv.cli.models import build_without_data, find_model
-from triton_curv.errors import ConfigurationError
-from triton_curv.explanation import Explanation, explain, ranks_report, write_page
+from triton_curv.explanation import Explanation, Ranks, explain, on_ranks, write_page
 from triton_curv.explanation.units import readable_bytes, readable_flops
-from triton_curv.sharding.report import ShardReport
-from triton_curv.sharding.traffic import Parallel
 
 WIDTH = 150
 
@@ -32,20 +28,16 @@ class ExplainOptions:
     factor_interval: int
     inverse_interval: int
     max_factor_dim: int
-    world_size: int
-    machine: str
-    grad_worker_fraction: float
-    parallel: str
     json: bool
     html: Path | None
+    ranks: Ranks | None = None
 
 
 def run_explain(options: ExplainOptions) -> None:
     """Explain, print, and write the page if asked for."""
     named = find_model(options.model, options.batch, options.input_shape, options.input_dtype)
-    model = build_without_data(named)
     explanation = explain(
-        model,
+        build_without_data(named),
         named.name,
         named.shape,
         named.dtypes,
@@ -53,19 +45,13 @@ def run_explain(options: ExplainOptions) -> None:
         inverse_interval=options.inverse_interval,
         max_factor_dim=options.max_factor_dim,
     )
-    ranks: ShardReport | None = None
-    if options.world_size > 1:
-        parallel = choose_parallel(options.parallel)
-        sharing = (options.machine, options.grad_worker_fraction, parallel, options.max_factor_dim)
-        ranks = ranks_report(model, explanation, options.world_size, *sharing)
-    elif options.world_size < 1:
-        raise ConfigurationError(f"expected a world of at least one rank, got --world-size {options.world_size}")
+    shared = None if options.ranks is None else on_ranks(explanation, options.ranks)
     if options.html is not None:
         options.html.parent.mkdir(parents=True, exist_ok=True)
-        write_page(explanation, options.html, "" if ranks is None else str(ranks))
+        write_page(explanation, options.html, "" if shared is None else str(shared))
     if options.json:
-        told = explanation.to_json()
-        print(json.dumps(told if ranks is None else {**told, "ranks": ranks.to_json()}, indent=1))
+        content = explanation.to_json()
+        print(json.dumps(content if shared is None else {**content, "ranks": shared.to_json()}, indent=1))
         return
     console = Console()
     if not console.is_terminal:
@@ -74,20 +60,10 @@ def run_explain(options: ExplainOptions) -> None:
     console.print(_stages(explanation))
     for line in _summary(explanation):
         console.print(line, highlight=False, soft_wrap=True)
-    if ranks is None:
-        console.print("One process sends nothing; --world-size tells what several would.", highlight=False)
-    else:
-        console.print(f"\n{ranks}", highlight=False, soft_wrap=True)
+    if shared is not None:
+        console.print(f"\n{shared}", highlight=False, markup=False, soft_wrap=True)
     if options.html is not None:
         console.print(str(options.html.absolute()), soft_wrap=True, highlight=False)
-
-
-def choose_parallel(name: str) -> Parallel:
-    """The name, checked."""
-    for known in get_args(Parallel):
-        if name == known:
-            return cast("Parallel", name)
-    raise ConfigurationError(f"expected --parallel {', '.join(get_args(Parallel))}, got {name!r}")
 
 
 def _layers(explanation: Explanation) -> Table:

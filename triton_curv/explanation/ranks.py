@@ -1,46 +1,47 @@
-"""How K-FAC's work on a model is shared out over ranks, what they send, and what time a stated machine would take."""
+"""What an explained model costs on several ranks."""
 
-from torch import nn
+from dataclasses import dataclass
 
-from triton_curv.blocks import LayerOptions
 from triton_curv.explanation.layers import Explanation
-from triton_curv.optimizers.groups import rules_of
-from triton_curv.sharding.layers import layer_sizes
 from triton_curv.sharding.plan import PlanOptions
 from triton_curv.sharding.report import ShardReport, machine_named, shard_report
 from triton_curv.sharding.timeline import Workload
-from triton_curv.sharding.traffic import Parallel, Wire
+from triton_curv.sharding.traffic import Wire
 
 
-def ranks_report(
-    model: nn.Module,
-    explanation: Explanation,
-    world_size: int,
-    machine: str = "a100",
-    grad_worker_fraction: float = 0.0,
-    parallel: Parallel = "plain",
-    max_factor_dim: int = 8192,
-) -> ShardReport:
-    """The plan for `world_size` ranks, each with the explanation's batch.
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks train the model, and how: see `PlanOptions` and `Wire`; `machine` is a name."""
 
-    Raises:
-        ConfigurationError: a machine that is not known, or a number out of range.
+    world_size: int
+    shard_size: int | None = None
+    grad_worker_fraction: float = 0.0
+    parallel: str = "plain"
+    wire_bytes: int = 4
+    machine: str = "a100"
 
+
+def on_ranks(explanation: Explanation, ranks: Ranks) -> ShardReport:
+    """Balance, bytes against SGD's, memory and predicted time; each rank takes the explained batch.
+
+    Raises ConfigurationError for ranks that do not fit together.
     """
-    rules, _ = rules_of(model, LayerOptions(max_factor_dim=max_factor_dim))
+    options = PlanOptions(
+        ranks.world_size,
+        ranks.shard_size,
+        ranks.grad_worker_fraction,
+        explanation.inverse_interval,
+        machine=machine_named(ranks.machine),
+    )
     trained = [row for row in explanation.rows if row.exact != "frozen"]
     wire = Wire(
-        parallel,
-        loose=sum(row.numbers for row in trained if row.trainer != "kfac"),
-        factor_interval=explanation.factor_interval,
-        inverse_interval=explanation.inverse_interval,
-    )
-    options = PlanOptions(
-        world_size,
-        grad_worker_fraction=grad_worker_fraction,
-        inverse_interval=explanation.inverse_interval,
-        machine=machine_named(machine),
+        ranks.parallel,
+        ranks.wire_bytes,
+        ranks.wire_bytes,
+        sum(row.numbers for row in trained if row.trainer != "kfac"),
+        explanation.factor_interval,
+        explanation.inverse_interval,
     )
     numbers = sum(row.numbers for row in trained)
     workload = Workload(explanation.model_flops, explanation.total("statistics"), numbers)
-    return shard_report(layer_sizes(rules), options, wire, workload)
+    return shard_report(explanation.blocks, options, wire, workload)
