@@ -35,3 +35,7 @@ class RankMismatchError(TritonCurvError, RuntimeError):
 
 class NotOwnedError(TritonCurvError, RuntimeError):
     """Curvature was asked for on a rank that does not hold it."""
+
+
+class PeerFailedError(TritonCurvError, RuntimeError):
+    """Another rank failed in what all ranks have to do together; this one has stopped, too."""

@@ -60,7 +60,7 @@ def apply_(
         momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
     if options.rescale != "none":
         fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
-        rescale_(fans, options.rescale, finite)
+        rescale_(fans, options.rescale, finite, exchange)
     return finite
 
 
@@ -99,12 +99,12 @@ def scales(
     return [nu.expand_as(n) for n in norms]
 
 
-def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor) -> None:
+def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor, exchange: Exchange) -> None:
     """w <- sqrt(2 d_out) w / (||w|| + 1e-9) of pairs (w, d_out); "code" only shrinks (arXiv 2002.06015 eq. 24)."""
     if how == "none" or not weights:
         return
     tensors = [w for w, _ in weights]
-    norms = torch.stack(torch._foreach_norm(tensors))
+    norms = exchange.whole_norms(torch.stack(torch._foreach_norm(tensors)))
     targets = torch.tensor([(2.0 * d) ** 0.5 for _, d in weights], dtype=norms.dtype, device=norms.device)
     factors = targets / (norms + RESCALE_EPS)
     if how == "code":

@@ -22,13 +22,13 @@ from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
 from triton_curv.optimizers.hyper import SLOT, HyperParameters
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
-from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
+from triton_curv.sharding.choice import exchange_for
+from triton_curv.sharding.local import like, local
 from triton_curv.sharding.options import Sharding
 from triton_curv.sharding.ranks import Where, find_ranks
-from triton_curv.sharding.team import exchange_for
 
 
 class KFAC(Optimizer):
@@ -209,11 +209,11 @@ class KFAC(Optimizer):
         clock = self.param_groups[0]
         self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block, self._exchange)
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
-        like = self._store.samples
-        self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
-        self._hyper = HyperParameters(len(self._matrices), like.dtype, like.device)
+        some = self._store.samples
+        self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]
+        self._hyper = HyperParameters(len(self._matrices), some.dtype, some.device)
         self._group_of_block = torch.tensor(
-            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=like.device
+            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=some.device
         )
         self._init_state()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -227,7 +227,7 @@ class KFAC(Optimizer):
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
-                    self.state[part.param] = {"momentum_buffer": part.momentum}
+                    self.state[part.param] = {"momentum_buffer": like(part.momentum, part.param)}
                 first = self.state[row.parts[0].param]
                 for name, key in row.block.keys.items():
                     rows = store.rows(key)
@@ -376,11 +376,11 @@ class KFAC(Optimizer):
         self._write_hyper_parameters()
         rows = zip(self.param_groups, self._matrices, self._hyper.of_group, strict=False)
         work = [
-            Work(lists, [cast("Tensor", p.grad) for p in lists.params], hyper, group["maximize"])
+            Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper, group["maximize"])
             for group, matrices, hyper in rows
-            if (lists := matrices.active()).params
+            if (lists := matrices.active()).leaves
         ]
-        loose = [cast("Tensor", p.grad) for _, params in self._loose() for p in params]
+        loose = [local(cast("Tensor", p.grad)) for _, params in self._loose() for p in params]
         curvature = self._curvature
         finite = apply_(work, loose, self._store.samples, curvature.events[0], self.options, self._exchange)
         healthy = known_true(finite)

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_curv.blocks import FactorStore, Rule
+from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
 from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
 from triton_curv.errors import ConfigurationError
-from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.kfac_options import KFACOptions
-from triton_curv.optimizers.matrices import Lists
+from triton_curv.optimizers.matrices import Lists, MatrixGroup
 from triton_curv.sharding.exchange import gather_pieces
 from triton_curv.sharding.inverses import share_inverses_, share_status_
 from triton_curv.sharding.layers import layer_sizes
@@ -29,20 +28,6 @@ from triton_curv.sharding.state import entries_of, whole_state
 from triton_curv.sharding.statistics import StatisticsExchange
 
 MIB = 1 << 20
-
-
-def exchange_for(
-    rules: Mapping[str, Rule], found: Found, sharding: Sharding, options: KFACOptions, dtype: torch.dtype
-) -> Exchange:
-    """What the ranks that were found need of one another. Raises ConfigurationError for what they can't share out."""
-    if len(found.ranks) == 1 and found.wrapper != "fsdp":
-        return Alone()
-    if options.ekfac:
-        raise ConfigurationError(
-            "expected ekfac=False on several ranks: its second moments are taken in a layer's eigenbasis, which is "
-            "not on the ranks where the samples are"
-        )
-    return Team(rules, found, sharding, options, dtype)
 
 
 def plan_for(rules: Mapping[str, Rule], found: Found, sharding: Sharding, options: KFACOptions, itemsize: int) -> Plan:
@@ -123,6 +108,10 @@ class Team:
             switch.watch = self.statistics
         if self.channels.column.size > 1:
             store.across = lambda rows: self.statistics.across(rows, self.channels.column)
+
+    def matrices_of(self, blocks: Sequence[Block], like: Tensor) -> MatrixGroup:
+        """Of all blocks."""
+        return MatrixGroup(blocks, like.dtype, like.device)
 
     # ---- gradients
 
@@ -207,6 +196,10 @@ class Team:
         if self.averages != "reduce_scatter" or not local:
             return local
         return list(self.channels.row.all_reduce(torch.stack(local)).wait().unbind())
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """All ranks have all weights."""
+        return norms
 
     def total(self, number: Tensor) -> Tensor:
         """Over the ranks of a replica, of what each knows of its own layers."""
