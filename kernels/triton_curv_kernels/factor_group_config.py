@@ -18,7 +18,8 @@ MOST_PARTS = 64  # of one K: a finishing program adds them one after another
 class GroupProblem:
     """What the best configuration depends on: the matrices of one `dtype`, on a device with `limits`.
 
-    `shapes`: (k, n, how many are so); `ones`: some have a column of ones; `packed`: some factors are packed; `aligned`: all rows allow wide loads.
+    `shapes`: (k, n, how many are so). `ones`: some have a column of ones; `packed`: some factors are packed; `aligned`:
+    all rows allow wide loads.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
