@@ -138,6 +138,27 @@ def explain(
 
 
 @app.command()
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="A scenario, module:factory, or a model of torchvision or timm."
+        ),
+    ],
+    batch: Annotated[int | None, typer.Option(help="Samples.", show_default="5")] = None,
+    input_shape: Annotated[
+        str | None, typer.Option("--input", help="Shape of one sample.", show_default="3x224x224")
+    ] = None,
+    input_dtype: Annotated[str, typer.Option(help="float32, int64, or auto: the first that fits.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check every block and both matrix-free products on a narrow float64 copy of a model, against definitions."""
+    from triton_curv.cli.verify import VerifyOptions, run_verify
+
+    raise typer.Exit(run_verify(VerifyOptions(model, batch, input_shape, input_dtype, as_json)))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

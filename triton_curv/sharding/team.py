@@ -59,7 +59,7 @@ def plan_for(rules: Mapping[str, Rule], found: Found, sharding: Sharding, option
     )
 
 
-def no_reduction(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
+def no_reduction(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """A communication hook for DDP that leaves every gradient as it is: the optimizer averages them."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
