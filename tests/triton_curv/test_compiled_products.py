@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from tests.support.products import join, make_problem
 from triton_curv.operators import FrozenClosure, GaussNewtonOperator, HessianOperator, UnsupportedOpError, compiled
+from triton_curv.optimizers.neumann_inner import NeumannInner
 from triton_curv.optimizers.newton_cg import NewtonCG
 from triton_curv.optimizers.sgn import SGN
 
@@ -59,6 +60,41 @@ def test_steps_equal_the_eager_ones_and_share_one_graph(build: Any, plain: str, 
         torch.testing.assert_close(fast.flat(), slow.flat(), rtol=0, atol=1e-10)
     assert counters["stats"]["unique_graphs"] == 1
     assert "compiled" in str(optimizers[0].explain())
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "settings"),
+    [
+        (NewtonCG, "closure", {"product": "reverse"}),
+        (NewtonCG, "model", {"product": "forward"}),
+        (SGN, "model", {"product": "double_vjp"}),
+        (NeumannInner, "closure", {}),
+    ],
+)
+def test_closures_of_compiled_models_make_the_same_steps(build: Any, given: str, settings: dict[str, Any]) -> None:
+    """What torch.compile made has no second derivatives: products run the code that it was made of."""
+    results, rounding = [], 1e-9 if build is NeumannInner else 0.0
+    for compiles in (False, True):
+        problem = make_problem("batch_norm", "cross_entropy")
+        model, loss = problem.model, problem.loss
+        if compiles:
+            model = torch.compile(problem.model, backend="aot_eager")  # type: ignore[assignment]  # a module still
+            loss = torch.compile(problem.loss, backend="aot_eager")
+        optimizer = build(model if given == "model" else problem.model, **settings)
+
+        def closure(model: Any = model, loss: Any = loss, y: Tensor = problem.y, x: Tensor = problem.x) -> Any:
+            z = model(x)
+            return (loss(z, y), z) if build is SGN else loss(z, y)
+
+        for _ in range(2):
+            optimizer.step(closure)
+        results.append([t.detach().clone() for t in (*problem.params, *problem.model.buffers())])
+        if compiles:
+            problem.model.zero_grad()
+            loss(model(problem.x), problem.y).backward()  # compiled as ever afterwards
+            assert counters["stats"]["unique_graphs"] >= 2
+    for plain, compiled_one in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_one, plain, rtol=rounding, atol=rounding)
 
 
 def test_fastest_counts_the_compiled_product_among_the_candidates() -> None:

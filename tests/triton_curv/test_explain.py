@@ -146,6 +146,22 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert told["rows"][0]["statistics"]["flops"] == 2 * 16 * 64 * (45 + 136)
 
 
+def test_the_command_shows_what_ranks_share(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["explain", "digits-cnn", "--world-size", "4", "--machine", "h100", "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("4 ranks", "balance", "x SGD's", "fullest rank", "predicted", "H100"))
+    assert "x SGD" in page.read_text(encoding="utf-8")
+    command = ["explain", "digits-cnn", "--world-size", "8", "--shard-size", "4", "--parallel", "fsdp", "--json"]
+    assert main(command) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert ranks["grid"] == {"replicas": 2, "rows": 1, "columns": 4}
+    assert len(ranks["bytes_per_step"]) == 4
+    assert {"gradients of replicas", "gradients to workers"} <= {transfer["stage"] for transfer in ranks["sent"]}
+    assert main(["explain", "digits-cnn", "--world-size", "6", "--shard-size", "4"]) == 2
+    assert "divide the world of 6 ranks, got 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -282,12 +282,20 @@ def test_a_function_that_is_differentiable_once_is_named(method: HessianMethod) 
         operator_of(problem, method, closure)([torch.randn_like(p) for p in problem.params])
 
 
-def test_a_compiled_model_is_named() -> None:
+def test_a_compiled_model_runs_uncompiled_inside_products() -> None:
     problem = make_problem("linear")
     compiled = torch.compile(problem.model, backend="aot_eager")
-    operator = operator_of(problem, "reverse", lambda: compiled(problem.x).square().sum())
+    v = [torch.randn_like(p) for p in problem.params]
+
+    def closure() -> Tensor:
+        loss: Tensor = compiled(problem.x).square().sum()
+        return loss
+
+    expected = operator_of(problem, "reverse", lambda: problem.model(problem.x).square().sum())(v)
+    torch.testing.assert_close(operator_of(problem, "reverse", closure)(v), expected, rtol=0, atol=0)
+    kept = HessianOperator(FrozenClosure(problem.model, closure, eager=False), problem.params, "reverse")
     with pytest.raises(UnsupportedOpError, match=r"torch\.compile"):
-        operator([torch.randn_like(p) for p in problem.params])
+        kept(v)
 
 
 def test_a_loss_linear_in_the_parameters_has_no_curvature() -> None:

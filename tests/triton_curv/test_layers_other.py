@@ -58,6 +58,13 @@ def test_transposed_weights_equal_a_linear_layer(width: int) -> None:
     expected = blocks[1].precondition({**gradient, "weight": gradient["weight"].T})
     torch.testing.assert_close(solution["weight"], expected["weight"].T)
     torch.testing.assert_close(solution["bias"], expected["bias"])
+    for optimizer in optimizers:
+        optimizer.detach()
+        rescaled = kfac(optimizer._model, lr=0.1, rescale="paper")
+        mse_loss(optimizer._model(x), y).backward()
+        rescaled.step()
+    torch.testing.assert_close(ours.weight.T, twin.weight)
+    torch.testing.assert_close(ours.weight.norm(), torch.tensor((2.0 * width) ** 0.5, dtype=torch.float64))
     if width == 4:  # the bug of a library that takes it for a linear layer
         wrong = blocks[1].precondition(gradient)
         assert relative_error(wrong["weight"], solution["weight"]) > 0.1

@@ -344,6 +344,39 @@ def test_weights_are_rescaled_after_the_step(how: Any) -> None:
         torch.testing.assert_close(p, q * (target / (q.norm() + 1e-9)) if scaled else q, msg=name)
 
 
+class Mixed(nn.Module):
+    """Layers that weights rescaling is not meant for, and linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(10, 6)
+        self.up = nn.ConvTranspose1d(6, 3, 2)
+        self.norm = nn.LayerNorm((3, 5))
+        self.attention = nn.MultiheadAttention(5, 1)
+        self.head = nn.Linear(15, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.up(self.embed(tokens).mT))
+        out: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0].flatten(1))
+        return out
+
+
+def test_rescaling_is_for_linear_and_convolutional_weights_alone() -> None:
+    model = Mixed()
+    tokens, y = torch.randint(0, 10, (7, 4)), torch.randint(0, 2, (7,))
+    names = ("embed.weight", "up.weight", "norm.weight", "attention.in_proj_weight")
+    plain = Mixed()
+    for net, rescale in ((model, "paper"), (plain, "none")):
+        optimizer = tc.KFAC(net, lr=0.01, rescale=rescale)  # type: ignore[arg-type]  # a literal, in a loop
+        functional.cross_entropy(net(tokens), y).backward()
+        optimizer.step()
+    for name in names:
+        assert torch.equal(model.get_parameter(name), plain.get_parameter(name))
+    for name, width in (("attention.out_proj.weight", 5), ("head.weight", 2)):
+        assert float(model.get_parameter(name).detach().norm()) == pytest.approx(math.sqrt(2 * width), rel=1e-5)
+
+
 # ---- the recipe
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
@@ -20,6 +22,7 @@ from triton_curv.inverse import (
     raised,
     stand_in,
 )
+from triton_curv.nvtx import stage
 from triton_curv.packing import diagonal_places, pack, packed_size, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
@@ -62,19 +65,34 @@ class Bank:
     """
 
     def __init__(
-        self, size: int, rows: slice, owned: int, served: int, eigen: bool, dtype: torch.dtype, device: torch.device
+        self,
+        size: int,
+        rows: slice,
+        owned: int,
+        served: int,
+        eigen: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: ProductQueue,
     ) -> None:
         batch = rows.stop - rows.start
         self.size = size
         self.rows = rows
         self.owned = owned
-        self.sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
+        self._sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
+        self._products = products
         self.averages = torch.zeros((owned, packed_size(size)), dtype=dtype, device=device)
         self.inverses = torch.eye(size, dtype=dtype, device=device).repeat(served, 1, 1)
         self.spectra = torch.ones((served, size), dtype=dtype, device=device) if eigen else None
         self.diagonal = diagonal_places(size, device)
         self.orders: list[tuple[slice, Tensor]] = []
         self.recent: tuple[Tensor, Tensor] | None = None  # averages after the last fold and the one before, if kept
+
+    @property
+    def sums(self) -> Tensor:
+        """Complete: no product waits to be added."""
+        self._products.flush()
+        return self._sums
 
 
 class FactorStore:
@@ -102,6 +120,7 @@ class FactorStore:
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.units = torch.zeros((), dtype=dtype, device=device)
         self.units_known = False
+        self.products = ProductQueue()
         members: dict[tuple[int, bool], list[FactorKey]] = {}
         for block, factors in enumerate(shapes):
             turned = inverse == "eigen" and set(factors) == {"A", "G"} and all(s.blocks == 1 for s in factors.values())
@@ -126,7 +145,7 @@ class FactorStore:
                 key_of_row += [self.keys.index(key)] * batch
             places = [(self._held_last(key), place.stop) for key, place in zip(keys, slices, strict=True)]
             owned, served = (max((stop for held, stop in places if held <= most), default=0) for most in (0, 1))
-            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device)
+            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device, self.products)
             self.banks.append(bank)
             self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
             orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
@@ -356,12 +375,22 @@ class FactorStore:
 
     def forget(self) -> None:
         """Drop pending statistics."""
+        self.products.clear()
         for bank in self.banks:
             bank.sums.zero_()
         self.counts.zero_()
         self.units.zero_()
         self.units_known = False
         self._stash = None
+
+    def drop_(self, keep: Tensor | float) -> None:
+        """Drop pending statistics; where there are some, N so far too, except `keep`, which is of coming ones."""
+        if known_true(self.counts == 0):
+            return
+        self.units.copy_(torch.where((self.counts > 0).any(), keep, self.units))
+        for bank in self.banks:
+            bank.sums.zero_()
+        self.counts.zero_()
 
     def stash(self) -> None:
         """Put pending statistics aside, out of the reach of a backward pass that will add others."""
@@ -424,6 +453,7 @@ class FactorStore:
         members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
         return damping[owner] + relative[owner] * total[owner] / members[owner]
 
+    @stage("inverse", payload=inversion_cost)
     def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:
         """Recompute damped inverses, or eigenbases, from the averages: all of them, or those of some factors."""
         for bank, place in self._pieces(keys):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from triton_curv.costs import NOTHING, Cost
+from triton_curv.sharding.layers import LayerSize
 
 Exactness = Literal["exact", "approximate", "no curvature", "frozen"]
 
@@ -58,7 +59,10 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All of a model; `model_flops` are those of one forward and backward pass on `input_shape`."""
+    """All of a model; `model_flops` are those of one forward and backward pass on `input_shape`.
+
+    `blocks` are the sizes that a plan for several ranks is made from.
+    """
 
     model: str
     input_shape: tuple[int, ...]
@@ -68,6 +72,7 @@ class Explanation:
     factor_interval: int
     inverse_interval: int
     rows: tuple[LayerRow, ...]
+    blocks: tuple[LayerSize, ...] = ()
 
     def total(self, name: Literal["statistics", "inverse", "apply", "update"]) -> Cost:
         """Cost of a stage over all layers."""
@@ -106,6 +111,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         """All fields, and the totals, as JSON takes them."""
         fields = asdict(self)
+        del fields["blocks"]
         for row, given in zip(fields["rows"], self.rows, strict=True):
             row.update({name: getattr(given, name)._asdict() for name in ("statistics", "inverse", "apply", "update")})
         stages = [

@@ -1,7 +1,7 @@
 """A closure that can be run again as if for the first time: same random numbers, buffers untouched."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import GeneratorType
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from triton_curv.sharding.weights import Weights
 
 Closure = Callable[[], Any]
 Consumer = Callable[[Any], None]
@@ -81,19 +83,25 @@ class FrozenClosure:
     masks, running statistics are touched once, and later random numbers do not depend on how often it was run. Other
     sources of randomness (Python's `random`, own generators, a data loader) must be kept out of the closure.
 
-    scaled_dot_product_attention takes the math backend: the others have no second derivatives.
+    scaled_dot_product_attention takes the math backend: the others have no second derivatives. For the same reason
+    functions that `torch.compile` made, the model itself perhaps, run uncompiled while `eager`: aot_autograd has no
+    double backward.
 
     A closure may return one result, a list of results or a generator of them, one for each micro-batch; their losses
     add up. The graphs of a list are all kept and reused. A generator (`streams`) is run again for each product, so
     only one micro-batch's graph is alive at a time.
 
+    `weights` say what stands in the place of parameters in all passes (`Weights`); none by default.
+
     After the first run `streams` and `several` (a list or a generator) tell what it returned, `draws` whether it drew
     random numbers.
     """
 
-    def __init__(self, model: nn.Module, closure: Closure) -> None:
+    def __init__(self, model: nn.Module, closure: Closure, weights: Weights | None = None, eager: bool = True) -> None:
         self.model = model
         self.closure = closure
+        self.weights = Weights([]) if weights is None else weights
+        self.eager = eager
         self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self._start: list[Tensor] = []
         self.streams = False
@@ -103,19 +111,32 @@ class FrozenClosure:
     def first(self, consume: Consumer) -> None:
         """Run the closure for real and hand every result to `consume`."""
         self._start = self._random_state()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        weights = self.weights
+        inside = replaced(self.model, weights.stand_ins) if weights.stand_ins else nullcontext()
+        with weights.around_first(), inside, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._run(consume)
         now = self._random_state()
         self.draws = any(not torch.equal(a, b) for a, b in zip(self._start, now, strict=True))
 
     def again(self, consume: Consumer, replacements: Mapping[Tensor, Tensor] | None = None) -> None:
-        """Repeat the first run, with other tensors in place of some of the model's parameters, if given."""
+        """Repeat the first run, with other tensors in place of some that it was run with, if given."""
+        given = replacements or {}
         tensors = {buffer: buffer.clone() for buffer in self.model.buffers()}
-        tensors.update(replacements or {})
-        with self._rewound(), sdpa_kernel(SDPBackend.MATH), replaced(self.model, tensors):
+        tensors.update({p: given.get(tensor, tensor) for p, tensor in self.weights.stand_ins.items()})
+        tensors.update(given)
+        with (
+            self.weights.around_again(),
+            self._rewound(),
+            sdpa_kernel(SDPBackend.MATH),
+            replaced(self.model, tensors),
+        ):
             self._run(consume)
 
     def _run(self, consume: Consumer) -> None:
+        with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():
+            self._consume(consume)
+
+    def _consume(self, consume: Consumer) -> None:
         results = self.closure()
         self.streams = isinstance(results, GeneratorType)
         self.several = isinstance(results, list | GeneratorType)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey
 from triton_curv.blocks.moments import Moments, has_sample_rows
+from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.health import EVENTS, HealthMonitor
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fisher import Loss, signals
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
@@ -72,6 +74,7 @@ class Curvature:
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
         self.sampled = False  # whether `sample_fisher` has run since the last fold
         self.draws = 0  # calls of it in this step
+        self._ahead: Tensor | float = 0.0  # what `count` last said, if it was beside gradients
         self.events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
         self.monitor = HealthMonitor(self.events)
@@ -106,7 +109,22 @@ class Curvature:
             units = mask.sum()
         if units is not None and self.options.fisher == "empirical":  # sample_fisher counts its own
             self.store.add_units(units)
+            # beside gradients: for those of another micro-batch, or for what comes after `zero_grad()`
+            self._ahead = units if self._any_gradient() else 0.0
         self.switch.mask = mask
+
+    def _any_gradient(self) -> bool:
+        return any(p.grad is not None for block in self.blocks.values() for p in block.rule.params.values())
+
+    def drop(self) -> None:
+        """The gradients of the backward passes since the last step are dropped, and their statistics with them."""
+        if not self.switch.enabled or self.options.fisher != "empirical":  # sampled statistics are not of gradients
+            return
+        self.store.drop_(self._ahead)
+        self._ahead = 0.0
+        for block in self._moving:
+            assert block.moments is not None
+            block.moments.sums.zero_()
 
     def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
         """See `KFAC.sample_fisher`."""
@@ -132,13 +150,12 @@ class Curvature:
             store.stash()
         self.sampled = True
 
+    @stage("fold", payload=lambda curvature, steps: fold_cost(curvature.store))
     def fold(self, steps: int) -> None:
         """Region 1: fold the statistics gathered since the last fold into the moving averages."""
         store = self.store
         if self.options.fisher != "empirical":
-            if not self.sampled and any(
-                p.grad is not None for block in self.blocks.values() for p in block.rule.params.values()
-            ):
+            if not self.sampled and self._any_gradient():
                 raise NoStatisticsError(
                     f"fisher='{self.options.fisher}' expects sample_fisher(output, loss) before backward() of this "
                     "step, got no call"
@@ -151,6 +168,7 @@ class Curvature:
         fold_(store, self._moving, how, due, self._exchange)
         self.sampled = False
         self.draws = 0
+        self._ahead = 0.0
 
     def _check_taps(self) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""

@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from triton_curv.blocks import Block
+from triton_curv.blocks import Block, ConvRule, DenseRule, Rule
 from triton_curv.blocks.operator import Operator
 from triton_curv.errors import NoStatisticsError
 
 
 class Part(NamedTuple):
-    """One parameter of a block, and the views of the flat buffers that belong to it, in the parameter's shape."""
+    """One parameter of a block, and the views of the flat buffers that belong to it, in the parameter's shape.
+
+    `fan_out` is d_out for the weight of a linear or convolutional layer, 0 for all else.
+    """
 
     param: Parameter
     grad: Tensor
     update: Tensor
     momentum: Tensor
+    fan_out: int
 
 
 class Row(NamedTuple):
@@ -34,6 +38,7 @@ class Lists(NamedTuple):
     """The blocks of a group that take part in a step, as the lists that multi-tensor operations take."""
 
     operators: list[Operator]
+    leaves: list[Parameter]  # whose `.grad` is taken; `params` are what is stepped: of DTensors this rank's part
     params: list[Tensor]
     grads: list[Tensor]
     updates: list[Tensor]
@@ -46,6 +51,13 @@ class Lists(NamedTuple):
     idle: Tensor  # hyper-parameters of a step that changes nothing: see `momentum_update_`
     row_of_param: list[int]
     block_indices: list[int]
+    fans_out: list[int]
+
+
+def fan_out(rule: Rule, name: str) -> int:
+    """d_out of a weight that weights rescaling is meant for, 0 for other parameters."""
+    groups, rows, _ = rule.matrix_shape
+    return groups * rows if isinstance(rule, DenseRule | ConvRule) and name == "weight" else 0
 
 
 class MatrixGroup:
@@ -59,8 +71,11 @@ class MatrixGroup:
         pieces = zip(*(torch.split(buffer, sizes) for buffer in buffers), strict=True)
         for block, flat in zip(blocks, pieces, strict=True):
             matrices = [piece.view(block.rule.matrix_shape) for piece in flat]
-            views = [block.rule.views(matrix) for matrix in matrices]
-            parts = tuple(Part(param, *(view[name] for view in views)) for name, param in block.rule.params.items())
+            grads, updates, momenta = (block.rule.views(matrix) for matrix in matrices)
+            parts = tuple(
+                Part(param, grads[name], updates[name], momenta[name], fan_out(block.rule, name))
+                for name, param in block.rule.params.items()
+            )
             self.rows.append(Row(block, matrices[0], matrices[1], parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: tuple[tuple[bool, ...], Lists] | None = None
@@ -86,6 +101,7 @@ class MatrixGroup:
         sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
         return Lists(
             operators=[row.block.operator for row in rows],
+            leaves=[part.param for part in parts],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],
             updates=[part.update for part in parts],
@@ -98,4 +114,5 @@ class MatrixGroup:
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
             block_indices=[row.block.index for row in rows],
+            fans_out=[part.fan_out for part in parts],
         )
