@@ -82,6 +82,7 @@ class Run:
         model: nn.Module = resnet50(self.classes, [int(d) for d in given.depths.split(",")], given.width)
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stub
         ids = [self.device.index] if self.device.type == "cuda" else None
+        self.bare = model
         self.wrapped = DistributedDataParallel(model, ids) if self.ranks > 1 else model
         sharding = tc.Sharding(wire=WIRES[given.wire])
         self.optimizer = self.recipe.optimizer(self.wrapped, sharding=sharding)
@@ -163,7 +164,7 @@ class Run:
         state = {
             "epoch": epoch,
             "step": self.step,
-            "model": self.wrapped.state_dict(),
+            "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),  # of all ranks: each has to ask
             "schedule": self.schedule.state_dict(),
         }
@@ -179,7 +180,7 @@ class Run:
         if not path.is_file():
             raise ConfigurationError(f"expected a checkpoint to resume at {path}, found none")
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.wrapped.load_state_dict(state["model"])
+        self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]

@@ -1,4 +1,4 @@
-"""The ImageNet example, dry: two ranks, 20 tiny JPEGs, a narrow ResNet; then another epoch on one rank from their checkpoint."""
+"""The ImageNet example, dry: two ranks, 20 tiny JPEGs, a narrow ResNet; one rank continues from their checkpoint."""
 
 import csv
 import os
@@ -48,7 +48,9 @@ def run(pictures: Path, out: Path, *options: str, ranks: int = 2) -> subprocess.
         *options,
     ]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, *launch, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
 
 
 def test_two_ranks_train_and_save_and_one_continues(pictures: Path, tmp_path: Path) -> None:
