@@ -36,21 +36,10 @@ def run(pictures: Path, out: Path, *options: str, ranks: int = 2) -> subprocess.
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "autotune")))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     small = ["--image", "32", "--width", "4", "--depths", "1,1,1,1", "--micro-batch", "2", "--workers", "0"]
-    command = [
-        sys.executable,
-        *launch,
-        "-m",
-        "examples.imagenet.train",
-        str(pictures),
-        "--out",
-        str(out),
-        *small,
-        *options,
-    ]
+    program = ["-m", "examples.imagenet.train", str(pictures), "--out", str(out), *small, *options]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launch, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
+    command = [sys.executable, *launch, *program]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def test_two_ranks_train_and_save_and_one_continues(pictures: Path, tmp_path: Path) -> None:
