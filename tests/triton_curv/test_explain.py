@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from profiles.bench_memory import held_by
 from triton_curv import KFAC, ConfigurationError
 from triton_curv.blocks.cost import rows_of_call
 from triton_curv.cli import main
@@ -100,6 +101,14 @@ def test_memory_and_rows_are_those_of_a_real_optimizer() -> None:
 def rows_seen(optimizer: KFAC, name: str) -> float:
     """What A of a block is divided by after one backward pass."""
     return float(optimizer.blocks[name].counts[0])
+
+
+def test_all_memory_is_what_building_the_optimizer_brings_to_life() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(64, 100), nn.PReLU(), nn.Linear(100, 40))
+
+    told = explain(without_data(net()), "net", (2, 3, 4, 4))
+    assert sum(told.memory().values()) == pytest.approx(held_by(KFAC, without_data(net())), rel=0.02)
 
 
 def test_a_whole_norm_fisher_is_exact_and_unreached_layers_are_named() -> None:

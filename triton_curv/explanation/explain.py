@@ -99,7 +99,7 @@ def _block_row(key: str, block: Block, names: dict[int, str], calls: Sequence[Ca
             t.element_size() * (t.numel() + len(t) * packed_size(t.shape[-1])) for t in block.sums.values()
         ),
         inverse_bytes=sum(t.numel() * t.element_size() for t in block.inverses.values()),
-        moment_bytes=numbers_of(rule) * block.counts.element_size(),
+        moment_bytes=3 * numbers_of(rule) * block.counts.element_size(),
         statistics=sum(statistics, NOTHING),
         inverse=inversion_cost(rule),
         apply=solve_cost(rule),

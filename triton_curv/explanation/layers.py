@@ -15,9 +15,9 @@ class LayerRow:
     """One block, or one parameter without a block: coverage, memory and the least work of each stage.
 
     `exact` says whether the block is the whole empirical Fisher of its parameters; `calls` counts its uses in one
-    forward, 0 if the pass did not reach it. Memory in bytes: factors (pending sums, averages), inverses, momentum and
-    other moments. Costs: statistics of one step that takes them, one renewal of the inverses, one preconditioning, one
-    update.
+    forward, 0 if the pass did not reach it. Memory in bytes: factors (pending sums, averages), inverses, and moments
+    (momentum with the gradient and the update as matrices, or what a first-order rule keeps). Costs: statistics of one
+    step that takes them, one renewal of the inverses, one preconditioning, one update.
     """
 
     layer: str
