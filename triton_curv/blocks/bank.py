@@ -7,19 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from triton_curv.blocks.inversion import invert_
+from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
-from triton_curv.inverse import (
-    InverseName,
-    damp_,
-    damped_inverse,
-    eigenbasis,
-    hyperpower_inverse,
-    raised,
-    stand_in,
-)
+from triton_curv.inverse import InverseName
+from triton_curv.nvtx import stage
 from triton_curv.packing import diagonal_places, pack, packed_size, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
@@ -62,19 +58,34 @@ class Bank:
     """
 
     def __init__(
-        self, size: int, rows: slice, owned: int, served: int, eigen: bool, dtype: torch.dtype, device: torch.device
+        self,
+        size: int,
+        rows: slice,
+        owned: int,
+        served: int,
+        eigen: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: ProductQueue,
     ) -> None:
         batch = rows.stop - rows.start
         self.size = size
         self.rows = rows
         self.owned = owned
-        self.sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
+        self._sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
+        self._products = products
         self.averages = torch.zeros((owned, packed_size(size)), dtype=dtype, device=device)
         self.inverses = torch.eye(size, dtype=dtype, device=device).repeat(served, 1, 1)
         self.spectra = torch.ones((served, size), dtype=dtype, device=device) if eigen else None
         self.diagonal = diagonal_places(size, device)
         self.orders: list[tuple[slice, Tensor]] = []
         self.recent: tuple[Tensor, Tensor] | None = None  # averages after the last fold and the one before, if kept
+
+    @property
+    def sums(self) -> Tensor:
+        """Complete: no product waits to be added."""
+        self._products.flush()
+        return self._sums
 
 
 class FactorStore:
@@ -102,6 +113,7 @@ class FactorStore:
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.units = torch.zeros(1, dtype=dtype, device=device)  # not 0-dim: graphs lose what they write to float64
         self.units_known = False
+        self.products = ProductQueue()
         members: dict[tuple[int, bool], list[FactorKey]] = {}
         for block, factors in enumerate(shapes):
             turned = inverse == "eigen" and set(factors) == {"A", "G"} and all(s.blocks == 1 for s in factors.values())
@@ -126,7 +138,7 @@ class FactorStore:
                 key_of_row += [self.keys.index(key)] * batch
             places = [(self._held_last(key), place.stop) for key, place in zip(keys, slices, strict=True)]
             owned, served = (max((stop for held, stop in places if held <= most), default=0) for most in (0, 1))
-            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device)
+            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device, self.products)
             self.banks.append(bank)
             self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
             orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
@@ -356,6 +368,7 @@ class FactorStore:
 
     def forget(self) -> None:
         """Drop pending statistics."""
+        self.products.clear()
         for bank in self.banks:
             bank.sums.zero_()
         self.counts.zero_()
@@ -433,55 +446,7 @@ class FactorStore:
         members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
         return damping[owner] + relative[owner] * total[owner] / members[owner]
 
+    @stage("inverse", payload=inversion_cost)
     def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:
         """Recompute damped inverses, or eigenbases, from the averages: all of them, or those of some factors."""
-        for bank, place in self._pieces(keys):
-            rows = slice(bank.rows.start + place.start, bank.rows.start + place.stop)
-            self._decompose_(bank, place, rows) if bank.spectra is not None else self._invert_(bank, place, rows)
-
-    def _invert_(self, bank: Bank, place: slice, rows: slice) -> None:
-        """Damped inverses of a part of a bank, and the ladder for those that fail."""
-        shifts = raised(self.shifts[rows], self.failures[rows])
-        matrices = unpack(bank.averages[place], bank.size)
-        current = bank.inverses[place]
-        if self.inverse == "neumann" and bank.size > 2:
-            result = hyperpower_inverse(matrices, shifts, current, self.iterations)
-        else:
-            result = damped_inverse(damp_(matrices, shifts))
-        inverses = result.inverses
-        if not self._note(rows, result.ok, result.residuals):
-            if self.inverse == "neumann" and bank.size > 2:
-                damp_(matrices, shifts)
-            instead, rungs = stand_in(matrices, current, self.failures[rows])
-            inverses = torch.where(result.ok[:, None, None], inverses, instead)
-            self.rungs[rows] = torch.where(result.ok, 0, rungs)
-        current.copy_(inverses)
-
-    def _decompose_(self, bank: Bank, place: slice, rows: slice) -> None:
-        """Eigenbases of a part of a bank; where that fails the last ones, then the diagonal's, then the identity's."""
-        assert bank.spectra is not None
-        matrices = unpack(bank.averages[place], bank.size)
-        result = eigenbasis(matrices)
-        bases, spectra = result.bases, result.spectra
-        old_bases, old_spectra = bank.inverses[place], bank.spectra[place]
-        if not self._note(rows, result.ok, result.residuals):
-            identity = torch.eye(bank.size, dtype=bases.dtype, device=bases.device).expand_as(bases)
-            diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-            usable = ((diagonal >= 0) & diagonal.isfinite()).all(-1)
-            previous = self.failures[rows] <= 3
-            rungs = torch.where(previous, 1, torch.where(usable, 2, 3))
-            of_diagonal = torch.where(usable[:, None], diagonal, 1.0)
-            ok = result.ok[:, None]
-            bases = torch.where(ok[..., None], bases, torch.where(previous[:, None, None], old_bases, identity))
-            spectra = torch.where(ok, spectra, torch.where(previous[:, None], old_spectra, of_diagonal))
-            self.rungs[rows] = torch.where(result.ok, 0, rungs)
-        old_bases.copy_(bases)
-        old_spectra.copy_(spectra)
-
-    def _note(self, rows: slice, ok: Tensor, residuals: Tensor) -> bool:
-        """Count failures; True if it is known on the host that there is none."""
-        self.residuals[rows] = residuals
-        self.failures[rows] = torch.where(ok, 0, self.failures[rows] + 1)
-        self.rungs[rows] = 0
-        self.failed.add_((~ok).sum())
-        return known_true(ok)
+        invert_(self, self._pieces(keys))

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.operator import solve
+from triton_curv.blocks.operator import Sums, solve_all, solving_cost
+from triton_curv.costs import NOTHING, Cost, update_cost
 from triton_curv.hostcheck import known_true
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, Loose
 from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
@@ -39,48 +41,68 @@ def apply_(
     Where a gradient is not finite nothing changes but the count `skipped`. Returns whether all are finite, ().
     """
     every = [each.lists for each in work]
-    unused = [matrix for lists in every for matrix in lists.unused]
-    if unused:
-        torch._foreach_zero_(unused)
-    exchange.matrices_(every, [each.grads for each in work])
     for lists in every:
-        precondition(lists, samples, options, exchange.applied(lists.block_indices))
+        for buffer in lists.stale:
+            buffer.zero_()
+    exchange.matrices_(every, [each.grads for each in work])
+    sums = [precondition(lists, samples, options, exchange.applied(lists.block_indices)) for lists in every]
     exchange.updates_(every)
-    norms = exchange.norms(every)
+    norms = exchange.norms(every, sums)
     of_loose = [torch.stack(torch._foreach_norm(each.grads, 2, samples.dtype)) for each in loose]  # fp16 ends at 65504
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
         skipped.add_(~finite)
-    for each, scale in zip(work, scales(work, norms, options, exchange), strict=True):
-        lists, hyper = each.lists, each.hyper[:OF_UPDATE]
-        if not healthy:
-            lists.flat_updates.masked_fill_(~finite, 0.0)
-            scale = torch.where(finite, scale, 0.0)
-            hyper = torch.where(finite, hyper, lists.idle)
-        of_row = (scale * each.hyper[SLOT["sign"]]).unbind()
-        of_param = [of_row[row] for row in lists.row_of_param]
-        momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
+    for each, scale in zip(work, scales(work, norms, sums, options, exchange), strict=True):
+        move_(each, scale, None if healthy else finite)
     if options.rescale != "none":
         fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
-        rescale_(fans, options.rescale, finite)
+        rescale_(fans, options.rescale, finite, exchange)
     for group in loose:
         FALLBACKS[options.fallback].update(group, finite)
     return finite
 
 
-def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
-    """From gradients to the steps of all blocks of a group, of whatever size they come out."""
+@stage("apply", payload=lambda lists, samples, options, applied: _cost_of_solving(lists, applied))
+def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> Sums | None:
+    """From gradients to the steps of all blocks of a group, of whatever size they come out; their sums, if known."""
     if options.reduction == "sum":
         torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])
     if options.loss_scale != 1.0:
         torch._foreach_div_(lists.row_grads, options.loss_scale)
-    for operator, grad, update, here in zip(lists.operators, lists.row_grads, lists.row_updates, applied, strict=True):
-        if here:
-            solve(operator, grad, update)
+    if all(applied):
+        return solve_all(lists.operators, lists.row_grads, lists.row_updates)
+    here = [i for i, is_here in enumerate(applied) if is_here]
+    operators, grads = [lists.operators[i] for i in here], [lists.row_grads[i] for i in here]
+    solve_all(operators, grads, [lists.row_updates[i] for i in here])
+    return None
 
 
-def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, exchange: Exchange) -> list[Tensor]:
+def _cost_of_solving(lists: Lists, applied: Sequence[bool]) -> Cost:
+    rows = zip(lists.operators, lists.row_grads, applied, strict=True)
+    return sum((solving_cost(operator, grad) for operator, grad, is_here in rows if is_here), NOTHING)
+
+
+@stage("update", payload=lambda work, scale, happens: update_cost(work.lists.flat_updates.numel()))
+def move_(work: Work, scale: Tensor, happens: Tensor | None) -> None:
+    """Momentum, decay and update of one parameter group; nothing where `happens` is False."""
+    lists, hyper = work.lists, work.hyper[:OF_UPDATE]
+    if happens is not None:
+        lists.flat_updates.masked_fill_(~happens, 0.0)
+        scale = torch.where(happens, scale, 0.0)
+        hyper = torch.where(happens, hyper, lists.idle)
+    of_row = (scale * work.hyper[SLOT["sign"]]).unbind()
+    of_param = [of_row[row] for row in lists.row_of_param]
+    momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
+
+
+def scales(
+    work: Sequence[Work],
+    norms: Sequence[Tensor],
+    sums: Sequence[Sums | None],
+    options: KFACOptions,
+    exchange: Exchange,
+) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
         return [
@@ -89,18 +111,18 @@ def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, 
         ]
     if options.update_size == "none" or not work:
         return [torch.ones_like(n) for n in norms]
-    pairs = zip(work, exchange.products([each.lists for each in work]), strict=True)
+    pairs = zip(work, exchange.products([each.lists for each in work], sums), strict=True)
     products = [product * each.hyper[SLOT["lr_squared"]] for each, product in pairs]
     nu = torch.sqrt(options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
     return [nu.expand_as(n) for n in norms]
 
 
-def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor) -> None:
+def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor, exchange: Exchange) -> None:
     """w <- sqrt(2 d_out) w / (||w|| + 1e-9) of pairs (w, d_out); "code" only shrinks (arXiv 2002.06015 eq. 24)."""
     if how == "none" or not weights:
         return
     tensors = [w for w, _ in weights]
-    norms = torch.stack(torch._foreach_norm(tensors))
+    norms = exchange.whole_norms(torch.stack(torch._foreach_norm(tensors)))
     targets = torch.tensor([(2.0 * d) ** 0.5 for _, d in weights], dtype=norms.dtype, device=norms.device)
     factors = targets / (norms + RESCALE_EPS)
     if how == "code":

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from triton_curv.costs import update_cost
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
+from triton_curv.sharding.local import local
 from triton_curv_kernels import momentum_update_
 
 FallbackName = Literal["adamw", "sgd"]
@@ -50,7 +53,8 @@ class LooseGroup(NamedTuple):
     def active(self, hyper: Tensor) -> Loose:
         """Those that have gradients."""
         some = [(p, p.grad, state) for p, state in zip(self.params, self.states, strict=True) if p.grad is not None]
-        return Loose([p for p, _, _ in some], [g for _, g, _ in some], [s for _, _, s in some], hyper)
+        states = [{name: local(tensor) for name, tensor in state.items()} for _, _, state in some]
+        return Loose([local(p) for p, _, _ in some], [local(g) for _, g, _ in some], states, hyper)
 
 
 def _gradients(loose: Loose, fine: Tensor) -> list[Tensor]:
@@ -75,6 +79,7 @@ class AdamWFallback:
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, loose, fine: update_cost(sum(p.numel() for p in loose.params)))
     def update(self, loose: Loose, fine: Tensor) -> None:
         """The rule by foreach functions; of lists of 0-dim tensors, which nobody reads on the host."""
         hyper, happens, count = loose.hyper, fine.to(loose.hyper.dtype), len(loose.params)
@@ -109,6 +114,7 @@ class SGDFallback:
             "momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, loose, fine: update_cost(sum(p.numel() for p in loose.params)))
     def update(self, loose: Loose, fine: Tensor) -> None:
         """The rule by `momentum_update_`."""
         happens = fine.to(loose.hyper.dtype)

@@ -14,6 +14,7 @@ from triton_curv.errors import ConfigurationError
 from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.apply import Work
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Exchange
@@ -22,16 +23,16 @@ from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
 from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
-from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register
 from triton_curv.optimizers.trial import Evaluate
 from triton_curv.optimizers.trials import Trials
 from triton_curv.schedules import AdaptiveInterval, RefreshSchedule
+from triton_curv.sharding.choice import exchange_for
+from triton_curv.sharding.local import like
 from triton_curv.sharding.options import Sharding
 from triton_curv.sharding.ranks import Where, find_ranks
-from triton_curv.sharding.team import exchange_for
 
 
 class KFAC(Optimizer):
@@ -183,8 +184,6 @@ class KFAC(Optimizer):
         layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, batch_dim)
         self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, layers)
 
-    # ---- construction
-
     def _build(
         self,
         defaults: dict[str, Any],
@@ -219,10 +218,10 @@ class KFAC(Optimizer):
             model, ordered, options, self._scaler, clock, self._current_rows, groups, self._exchange, self._regions
         )
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
-        like = self._store.samples
-        self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
+        some = self._store.samples
+        self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]
         self._trials = Trials(model, self._curvature)
-        self._hyper = HyperParameters(len(self.param_groups), like.dtype, like.device)
+        self._hyper = HyperParameters(len(self.param_groups), some.dtype, some.device)
         self._init_state()
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._exchange.require_equal([self._names[p] for p in self._params], self._params)
@@ -235,7 +234,7 @@ class KFAC(Optimizer):
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
-                    self.state[part.param] = {"momentum_buffer": part.momentum}
+                    self.state[part.param] = {"momentum_buffer": like(part.momentum, part.param)}
                 first = self.state[row.parts[0].param]
                 for name, key in row.block.keys.items():
                     rows = store.rows(key)
@@ -273,8 +272,6 @@ class KFAC(Optimizer):
                 self._names[p] = f"added parameter {len(self._names)}"
                 self._reasons[p] = "added by add_param_group"
             self._hyper = HyperParameters(len(self.param_groups), self._store.samples.dtype, self._store.samples.device)
-
-    # ---- curvature
 
     @property
     def factor_interval(self) -> int:
@@ -360,7 +357,13 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = self._steps
+        self._take_step(self._steps, evaluate)
+        return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
+
+    @stage("step", payload=lambda optimizer, steps, evaluate: steps)
+    def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature
         self._exchange.gradients_(self._params)
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
@@ -374,9 +377,6 @@ class KFAC(Optimizer):
         if before is not None:
             self._trials.judge(before, cast("Evaluate", evaluate), self.param_groups[0]["maximize"])
         self._set_steps(steps + 1)
-        return loss
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
 
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
@@ -410,19 +410,18 @@ class KFAC(Optimizer):
 
     def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
-        steps = self._steps
         self._curvature.monitor.watch()
-        self._curvature.note(self._plan, steps, pending, with_gradients)
+        self._curvature.note(self._plan, self._steps, pending, with_gradients)
         self._current_rows(rows)
-        self._set_steps(steps + 1)
+        self._set_steps(self._steps + 1)
 
     def _apply(self, rows: Tensor) -> Tensor:
         """Region 3; returns whether gradients are finite, ()."""
         work, loose, of_group = [], [], rows.unbind()
         for matrices, hyper in zip(self._matrices, of_group, strict=False):
             lists = matrices.active()
-            if lists.params:
-                work.append(Work(lists, [cast("Tensor", p.grad) for p in lists.params], hyper))
+            if lists.leaves:
+                work.append(Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper))
         for group, hyper in zip(self._loose, of_group[len(self._matrices) :], strict=True):
             active = group.active(hyper)
             if active.params:

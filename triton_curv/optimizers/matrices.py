@@ -38,13 +38,13 @@ class Lists(NamedTuple):
     """The blocks of a group that take part in a step, as the lists that multi-tensor operations take."""
 
     operators: list[Operator]
+    leaves: list[Parameter]  # whose `.grad` is taken; `params` are what is stepped: of DTensors this rank's part
     params: list[Tensor]
     grads: list[Tensor]
     updates: list[Tensor]
     momenta: list[Tensor]
     row_grads: list[Tensor]
     row_updates: list[Tensor]
-    unused: list[Tensor]  # matrices of the other blocks, which must not enter sums over the whole buffers
     flat_grads: Tensor
     flat_updates: Tensor
     root_sizes: Tensor
@@ -52,6 +52,7 @@ class Lists(NamedTuple):
     row_of_param: list[int]
     block_indices: list[int]
     fans_out: list[int]
+    stale: Sequence[Tensor] = ()  # whole buffers, in which other blocks have left what must not enter sums
 
 
 def fan_out(rule: Rule, name: str) -> int:
@@ -78,43 +79,44 @@ class MatrixGroup:
             )
             self.rows.append(Row(block, matrices[0], matrices[1], parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
-        sizes_of_rows = torch.tensor([float(size) for size in sizes], dtype=dtype, device=device)
-        self.root_sizes = sizes_of_rows.sqrt()
         self._cache: dict[tuple[bool, ...], Lists] = {}
 
     def active(self) -> Lists:
         """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
-        present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
         if torch.compiler.is_compiling():
-            return self._lists()
+            return self._active()
+        present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
         if present not in self._cache:
-            self._cache[present] = self._lists()
+            self._cache[present] = self._active()
         return self._cache[present]
 
-    def _lists(self) -> Lists:
-        places = [i for i, row in enumerate(self.rows) if any(part.param.grad is not None for part in row.parts)]
-        rows = [self.rows[i] for i in places]
+    def _active(self) -> Lists:
+        rows = [row for row in self.rows if any(part.param.grad is not None for part in row.parts)]
         for row in rows:
             if any(part.param.grad is None for part in row.parts):
                 raise NoStatisticsError(
                     f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
                     "got one for some of them only"
                 )
-        idle = [row for row in self.rows if all(part.param.grad is None for part in row.parts)]
+        stale = (self.grads, self.updates) if len(rows) < len(self.rows) else ()
+        return self._lists(rows)._replace(stale=stale)
+
+    def _lists(self, rows: list[Row]) -> Lists:
         parts = [part for row in rows for part in row.parts]
-        root_sizes = self.root_sizes.unbind()
+        sizes = [float(row.update.numel()) for row in rows]
+        root_sizes = torch.tensor(sizes, dtype=self.grads.dtype, device=self.grads.device).sqrt()
         return Lists(
             operators=[row.block.operator for row in rows],
+            leaves=[part.param for part in parts],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],
             updates=[part.update for part in parts],
             momenta=[part.momentum for part in parts],
             row_grads=[row.grad for row in rows],
             row_updates=[row.update for row in rows],
-            unused=[matrix for row in idle for matrix in (row.grad, row.update)],
             flat_grads=self.grads,
             flat_updates=self.updates,
-            root_sizes=torch.stack([root_sizes[i] for i in places]) if idle and rows else self.root_sizes,
+            root_sizes=root_sizes,
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
             block_indices=[row.block.index for row in rows],

@@ -45,7 +45,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def step_group_(group: GroupTensors, plan: Plan, distance: Tensor | None, hyper: Tensor) -> None:
-    """Lines 2 to 12 of Algorithm 2; `distance` is D over all groups, if there are others, `hyper` a row of numbers as in `SLOTS`."""
+    """Lines 2 to 12 of Algorithm 2; `distance` is D over all groups, if there are others, `hyper` a row of `SLOTS`."""
     moving = [i for i, p in enumerate(group.params) if p.grad is not None]
     if not moving:
         return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.nvtx import stage
 from triton_curv.packing import pack
 from triton_curv.sharding.buckets import Bucket
 from triton_curv.sharding.exchange import Channel, Pending
@@ -111,7 +112,7 @@ class StatisticsExchange:
 
     def _send(self, bucket: int) -> None:
         buffer = pack_bucket(self.store, self.buckets_A[bucket], None)
-        self._sent.append(self.channels.replica.reduce_scatter(buffer, self.buckets_A[bucket].splits))
+        self._sent.append(self.channels.early.reduce_scatter(buffer, self.buckets_A[bucket].splits))
 
     # ---- at the fold
 
@@ -143,7 +144,7 @@ class StatisticsExchange:
         of_A = on_wire if self.wire == torch.float16 else None
         for bucket in self.buckets_A[len(self._sent) :]:
             buffer = pack_bucket(store, bucket, of_A)
-            self._sent.append(self.channels.replica.reduce_scatter(buffer, bucket.splits))
+            self._sent.append(self.channels.early.reduce_scatter(buffer, bucket.splits))
         for bucket in self.buckets_G:
             buffer = pack_bucket(store, bucket, weights * on_wire)
             self._sent.append(self.channels.replica.reduce_scatter(buffer, bucket.splits))
@@ -155,6 +156,7 @@ class StatisticsExchange:
         store.fold_packed_(received, how._replace(summed=True), due, totals.traces)
         self.forget()
 
+    @stage("reduce-scatter")  # the wait for one that was started
     def _over_replicas(self, pending: Pending) -> Tensor:
         return self.channels.peers.all_reduce(pending.wait(), dist.ReduceOp.SUM, exact=False).wait()
 
