@@ -9,6 +9,8 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from triton_curv.costs import update_cost
+from triton_curv.nvtx import stage
 from triton_curv.sharding.local import local
 
 FallbackName = Literal["adamw", "sgd"]
@@ -55,6 +57,7 @@ class AdamWFallback:
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
     def update(
         self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
     ) -> None:
@@ -121,6 +124,7 @@ class SGDFallback:
             "momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
     def update(
         self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
     ) -> None:

@@ -14,6 +14,7 @@ from triton_curv.errors import ConfigurationError
 from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Exchange
@@ -349,7 +350,13 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = self._steps
+        self._take_step(self._steps, evaluate)
+        return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
+
+    @stage("step", payload=lambda optimizer, steps, evaluate: steps)
+    def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature
         self._exchange.gradients_([p for group in self.param_groups for p in group["params"]])
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
@@ -361,9 +368,6 @@ class KFAC(Optimizer):
         if before is not None:
             self._judge(before, cast("Evaluate", evaluate), steps)
         self._set_steps(steps + 1)
-        return loss
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
 
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
@@ -388,8 +392,7 @@ class KFAC(Optimizer):
             curvature.monitor.watch()
         for group, params in self._loose():
             if params:
-                rule = FALLBACKS[self.options.fallback]
-                rule.update(params, self.state, group, None if healthy else finite)
+                FALLBACKS[self.options.fallback].update(params, self.state, group, None if healthy else finite)
 
     def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
         """Parameter groups without blocks, and those of their parameters that have gradients."""

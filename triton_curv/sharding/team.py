@@ -16,6 +16,7 @@ from triton_curv.blocks.bank import FactorKey, Held, Normalisation
 from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import Lists, MatrixGroup
 from triton_curv.sharding.exchange import gather_pieces
@@ -174,8 +175,11 @@ class Team:
 
     def updates_(self, lists: Sequence[Lists]) -> None:
         """All-gather of preconditioned gradients along the row."""
-        if self.channels.row.size == 1:
-            return
+        if self.channels.row.size > 1:
+            self._gather_(lists)
+
+    @stage("all-gather", payload=lambda team, lists: sum(m.nbytes for each in lists for m in each.row_updates))
+    def _gather_(self, lists: Sequence[Lists]) -> None:
         updates = {i: m for each in lists for i, m in zip(each.block_indices, each.row_updates, strict=True)}
         by_column = self._by_column(updates)
         own = [updates[i] for i in by_column[self.channels.row.rank]]
@@ -232,8 +236,12 @@ class Team:
         failed = store.failed.clone()
         store.invert_(keys)
         if self.channels.column.size > 1:
-            share_inverses_(store, self.plan, self.channels, store.keys if keys is None else keys)
+            self._gather_inverses_(store, store.keys if keys is None else keys)
         share_status_(store, self.channels, failed)
+
+    @stage("all-gather", payload=lambda team, store, keys: sum(store.view("inverses", key).nbytes for key in keys))
+    def _gather_inverses_(self, store: FactorStore, keys: Sequence[FactorKey]) -> None:
+        share_inverses_(store, self.plan, self.channels, keys)
 
     # ---- state
 
