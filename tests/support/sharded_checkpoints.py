@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 import triton_curv as tc
 from tests.support.sharded import Case, batch, outcome, packed, share, step, together
@@ -27,13 +28,13 @@ def advance(model: nn.Module, optimizer: tc.KFAC, first: int, last: int, rank: i
 
 def save(model: nn.Module, optimizer: tc.KFAC, folder: Path) -> None:
     of_model, of_optimizer = get_state_dict(model, optimizer)
-    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    save_state({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
 
 
 def load(model: nn.Module, optimizer: tc.KFAC, folder: Path) -> None:
     of_model, of_optimizer = get_state_dict(model, optimizer)
-    state = {"model": of_model, "optimizer": of_optimizer}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": of_model, "optimizer": of_optimizer}
+    load_state(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
