@@ -17,6 +17,10 @@ class NoStatisticsError(TritonCurvError, RuntimeError):
     """Curvature was asked for before any backward pass gave statistics."""
 
 
+class ChangedInputError(TritonCurvError, RuntimeError):
+    """A layer's input or gradient was changed in place before its statistics were taken."""
+
+
 class StateMismatchError(TritonCurvError, ValueError):
     """A state dict that belongs to another model or another optimizer."""
 
@@ -31,3 +35,7 @@ class RankMismatchError(TritonCurvError, RuntimeError):
 
 class NotOwnedError(TritonCurvError, RuntimeError):
     """Curvature was asked for on a rank that does not hold it."""
+
+
+class PeerFailedError(TritonCurvError, RuntimeError):
+    """Another rank failed in what all ranks have to do together; this one has stopped, too."""

@@ -29,9 +29,15 @@ from triton_curv_kernels.apply_inverse_config import (
 )
 from triton_curv_kernels.apply_inverse_kernels import finish_kernel, first_kernel, second_kernel
 from triton_curv_kernels.apply_inverse_work import flat_work_of, work_of
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    device_limits,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import choose_once, tables_key
-from triton_curv_kernels.damped_inverse_reference import is_traced
 
 __all__ = [
     # the op, its reference and its launcher
@@ -96,6 +102,7 @@ def supports(*lists: Sequence[Tensor]) -> bool:
     return len(dtypes) == 1 and dtypes <= set(DTYPES)
 
 
+@on_own_device
 def launch_apply_damped_inverse(
     updates: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -1,19 +1,19 @@
 """Work lists of `apply_damped_inverse`: where each layer's matrices lie, and which program does which tile."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
-from threading import Lock
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Table: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+from triton_curv_kernels.device_cache import DeviceCache, Table
 
 KEPT = 16  # lists of tensors whose tables stay on the device
+
+_kept = DeviceCache(KEPT)
 
 PAIR = 0  # P = G^-1 D A^-1
 SINGLE = 1  # P = F^-1 D
@@ -41,8 +41,27 @@ class ApplyWork(NamedTuple):
     workspace: int
 
 
-_cache: OrderedDict[tuple[object, ...], ApplyWork] = OrderedDict()
-_lock = Lock()
+class Place(NamedTuple):
+    """Where a tensor lies: an address or an element of a buffer; strides of its batch and of its rows, in elements."""
+
+    start: int
+    step: int
+    row: int
+
+
+class Layer(NamedTuple):
+    """Shape of the gradient, whether there is a single factor, and where D, A^-1, G^-1 and P lie."""
+
+    shape: tuple[int, ...]
+    single: bool
+    places: tuple[Place, ...]
+
+
+class ApplyPlan(NamedTuple):
+    """The tables of an `ApplyWork` on the host."""
+
+    tables: tuple[Table, ...]
+    workspace: int
 
 
 def work_of(
@@ -52,23 +71,21 @@ def work_of(
     inverse_G: Sequence[Tensor],
     block: int,
 ) -> ApplyWork:
-    """Tables for tensors that have addresses; kept until KEPT other lists have come.
-
-    Call it once before a CUDA graph is captured: a table made during capture would belong to the graph.
-    """
+    """Tables for tensors that have addresses; kept until KEPT other lists have come."""
     lists = (grads, inverse_A, inverse_G, updates)
-    key = (block, *((t.data_ptr(), t.shape, t.stride(), t.device) for tensors in lists for t in tensors))
-    with _lock:
-        if (work := _cache.get(key)) is not None:
-            _cache.move_to_end(key)
-            return work
-    strides = [[(t.data_ptr(), *_steps(t)) for t in tensors] for tensors in lists]
-    work = _make(lists, strides, grads[0].itemsize, 16, block)
-    with _lock:
-        _cache[key] = work
-        if len(_cache) > KEPT:
-            _cache.popitem(last=False)
-    return work
+    layers = tuple(
+        Layer(tuple(tensors[0].shape), tensors[1].numel() == 0, tuple(map(_place_of, tensors)))
+        for tensors in zip(*lists, strict=True)
+    )
+    key = (layers, grads[0].itemsize, block)
+    plan = _plan_of_addresses(*key)
+    matrices, first, second, sums_of, layer_of = _kept.get(key, grads[0].device, lambda: plan.tables)
+    return ApplyWork(matrices, first, second, sums_of, layer_of, plan.workspace)
+
+
+@lru_cache(maxsize=KEPT)
+def _plan_of_addresses(layers: tuple[Layer, ...], itemsize: int, block: int) -> ApplyPlan:
+    return plan_apply(layers, 16 // itemsize, itemsize, 16, block)
 
 
 def flat_work_of(
@@ -79,47 +96,48 @@ def flat_work_of(
     block: int,
 ) -> ApplyWork:
     """Tables for tensors of a trace, which have no addresses: they lie in four buffers, one after another."""
-    lists = (grads, inverse_A, inverse_G, updates)
     places = []
-    for tensors in lists:
+    for tensors in (grads, inverse_A, inverse_G, updates):
         starts = accumulate((t.numel() for t in tensors), initial=0)
         shapes = ((*t.shape, 1, 1)[: max(2, t.dim())] for t in tensors)
-        places.append([(start, shape[-2] * shape[-1], shape[-1]) for start, shape in zip(starts, shapes, strict=False)])
-    return _make(lists, places, 1, 16 // grads[0].itemsize, block)
+        places.append([Place(at, shape[-2] * shape[-1], shape[-1]) for at, shape in zip(starts, shapes, strict=False)])
+    layers = [
+        Layer(tuple(grad.shape), of_a.numel() == 0, tuple(where))
+        for grad, of_a, *where in zip(grads, inverse_A, *places, strict=True)
+    ]
+    vector, device = 16 // grads[0].itemsize, grads[0].device
+    plan = plan_apply(layers, vector, 1, vector, block)
+
+    def on_device(table: Table) -> Tensor:
+        """Made from lists: a trace on fake tensors can't copy arrays to a GPU."""
+        return torch.tensor(table.tolist(), dtype=torch.int64, device=device).view(table.shape)
+
+    matrices, first, second, sums_of, layer_of = map(on_device, plan.tables)
+    return ApplyWork(matrices, first, second, sums_of, layer_of, plan.workspace)
 
 
-def _steps(tensor: Tensor) -> tuple[int, int]:
-    """Strides of the batch and of the rows, in elements."""
-    if tensor.dim() < 2:
-        return 0, 0
-    return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
+def _place_of(tensor: Tensor) -> Place:
+    step = tensor.stride(0) if tensor.dim() == 3 else 0
+    return Place(tensor.data_ptr(), step, tensor.stride(-2) if tensor.dim() > 1 else 0)
 
 
-def _make(
-    lists: Sequence[Sequence[Tensor]],
-    places: Sequence[Sequence[tuple[int, int, int]]],
-    unit: int,
-    alignment: int,
-    block: int,
-) -> ApplyWork:
-    """Tables from start and strides of each tensor; an element adds `unit` to a start."""
-    vector = 16 // lists[0][0].itemsize
+def plan_apply(layers: Sequence[Layer], vector: int, unit: int, alignment: int, block: int) -> ApplyPlan:
+    """Tables from places: `vector` elements are 16 bytes; an element adds `unit` to a start, 16 bytes `alignment`."""
     matrices: list[list[int]] = []
     first: list[Table] = []
     second: list[Table] = []
-    sums, layers, workspace = 0, [0], 0
-    for grad, of_a, *where in zip(*lists[:2], *places, strict=True):
-        r, c = grad.shape[-2:]
-        batch = grad.shape[0] if grad.dim() == 3 else 1
-        single = of_a.numel() == 0
+    sums, starts, workspace = 0, [0], 0
+    for shape, single, where in layers:
+        r, c = shape[-2:]
+        batch = shape[0] if len(shape) == 3 else 1
         kind = PAIR if not single else SMALL if max(r, c) <= SMALL_SIZE else SINGLE
         used = [place for index, place in enumerate(where) if not (single and index == 1)]
-        for b in range(0 if grad.numel() == 0 else 1 if kind == SMALL else batch):
+        for b in range(0 if batch * r * c == 0 else 1 if kind == SMALL else batch):
             at = [start + b * step * unit for start, step, _ in where]
             aligned = all((start + b * step * unit) % alignment == 0 == row % vector for start, step, row in used)
             aligned = aligned and r % vector == 0 == c % vector
             rows = [row for _, _, row in where]
-            steps = [where[index][1] for index in (0, 2, 3)]
+            steps = [where[index].step for index in (0, 2, 3)]
             m = len(matrices)
             matrices.append([*at, workspace, r, c, *rows, aligned, kind, *steps])
             if kind == SMALL:
@@ -132,17 +150,15 @@ def _make(
                 second.append(_programs(r, m, i, j, sums))
                 sums += len(i)
                 workspace += -(-r * c // 16) * 16
-        layers.append(sums)
-    device = lists[0][0].device
-
-    def on_device(table: npt.ArrayLike) -> Tensor:
-        values = np.asarray(table, dtype=np.int64)
-        return torch.tensor(values.tolist(), dtype=torch.int64, device=device).view(values.shape)
-
-    layer_of = np.repeat(np.arange(len(layers) - 1), np.diff(layers))
-    tables: tuple[npt.ArrayLike, ...] = (matrices, _longest_first(first), _longest_first(second), layers, layer_of)
-    on_matrices, on_first, on_second, on_layers, on_layer_of = map(on_device, tables)
-    return ApplyWork(on_matrices, on_first, on_second, on_layers, on_layer_of, workspace)
+        starts.append(sums)
+    tables = (
+        np.array(matrices, dtype=np.int64).reshape(-1, 16),
+        _longest_first(first),
+        _longest_first(second),
+        np.array(starts, dtype=np.int64),
+        np.repeat(np.arange(len(starts) - 1, dtype=np.int64), np.diff(starts)),
+    )
+    return ApplyPlan(tables, workspace)
 
 
 def _programs(cost: int, m: int, i: Table, j: Table, slot: int) -> Table:

@@ -1,14 +1,19 @@
 """Which implementation an op takes, Triton or the plain-torch reference, and what the device under it allows."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, get_args
+from functools import lru_cache, wraps
+from itertools import chain
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Backend = Literal["auto", "reference", "triton"]
 
 VARIABLE = "TRITON_CURV_BACKEND"
@@ -52,6 +57,38 @@ def wrap_triton(kernel: Callable[..., Any]) -> Any:
     from triton.runtime.interpreter import InterpretedFunction
 
     return kernel if isinstance(kernel, InterpretedFunction) else torch.library.wrap_triton(kernel)
+
+
+def is_traced(*tensors: Tensor | Sequence[Tensor]) -> bool:
+    """Whether one of the tensors, or of lists of them, is of a trace (torch.compile): without values or an address."""
+    each = chain.from_iterable([t] if isinstance(t, Tensor) else t for t in tensors)
+    return any(isinstance(t, FakeTensor | FunctionalTensor) for t in each)
+
+
+def on_own_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a launcher so that the current device is the one of the first tensor among its arguments.
+
+    Triton launches on the current device, in its current stream, wherever the tensors are. A trace launches nothing.
+    """
+
+    @wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = _first_tensor((*args, *kwargs.values()))
+        if tensor is None or tensor.device.type != "cuda" or is_traced(tensor):
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return launcher(*args, **kwargs)
+
+    return launch
+
+
+def _first_tensor(arguments: Iterable[object]) -> Tensor | None:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+            return argument[0]
+    return None
 
 
 @dataclass(frozen=True)

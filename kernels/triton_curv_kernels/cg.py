@@ -1,5 +1,4 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
 # (Triton's language is untyped)
 """Conjugate-gradient recurrences over lists of tensors, with the new residual's square on the way.
 
@@ -33,11 +32,17 @@ from itertools import chain
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
+from triton_curv_kernels.cg_kernels import cg_direction_kernel, cg_dots_kernel, cg_update_kernel
 from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CONFIGS,
@@ -46,23 +51,10 @@ from triton_curv_kernels.pointer_table import (
     default_config,
     default_for,
     dense_views,
-    is_traced,
     pointer_table,
     prune,
 )
-from triton_curv_kernels.pointer_table_device import (
-    STEPS,
-    find_block,
-    launch_finish,
-    length_of_block,
-    offsets,
-    read,
-    record_base,
-    record_size,
-    record_strides,
-    split_index,
-    write,
-)
+from triton_curv_kernels.pointer_table_device import launch_finish
 
 __all__ = [
     "CONFIGS",
@@ -128,133 +120,6 @@ def cg_dot_reference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
 
 
-@triton.jit
-def _update_block(bases, x_offs, r_offs, p_offs, Ap_offs, mask, step, VECTORS: tl.constexpr):
-    # without a step, nothing is written and the product is not read
-    F32: tl.constexpr = tl.float32
-    residual = read(bases[1], r_offs, mask, 0, F32, VECTORS)
-    if step != 0:
-        solution = read(bases[0], x_offs, mask, 0, F32, VECTORS)
-        direction = read(bases[2], p_offs, mask, 0, F32, VECTORS)
-        product = read(bases[3], Ap_offs, mask, 0, F32, VECTORS)
-        residual -= step * product
-        write(bases[0], x_offs, mask, solution + step * direction, 0, F32, VECTORS)
-        write(bases[1], r_offs, mask, residual, 0, F32, VECTORS)
-    return residual
-
-
-# None stands for what a call does without: the table, or the pointers of one tensor of each list
-@triton.jit(do_not_specialize=["first_partial"])
-def _cg_update_kernel(
-    # the table
-    records_ptr,
-    blocks_ptr,
-    # or dense tensors of `numel` elements in one memory order
-    solution_ptr,
-    residual_ptr,
-    direction_ptr,
-    product_ptr,
-    # () and one partial sum a program
-    step_ptr,
-    partial_ptr,
-    # sizes without a table
-    numel,
-    first_partial,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    step = tl.load(step_ptr).to(tl.float32)
-    if records_ptr is not None:
-        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 4)
-        bases = (record_base(record, 0), record_base(record, 1), record_base(record, 2), record_base(record, 3))
-        if vectors:
-            offs = first + tl.arange(0, BLOCK)
-            residual = _update_block(bases, offs, offs, offs, offs, None, step, VECTORS=True)
-            square = tl.sum(residual * residual)
-        else:
-            size = record_size(record)
-            x_strides, r_strides = record_strides(record, 0, 4), record_strides(record, 1, 4)
-            p_strides, Ap_strides = record_strides(record, 2, 4), record_strides(record, 3, 4)
-            squares = tl.zeros((BLOCK // STEPS,), tl.float32)
-            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
-                index, mask = split_index(first + start, size, BLOCK // STEPS)
-                x_offs, r_offs = offsets(index, x_strides), offsets(index, r_strides)
-                p_offs, Ap_offs = offsets(index, p_strides), offsets(index, Ap_strides)
-                residual = _update_block(bases, x_offs, r_offs, p_offs, Ap_offs, mask, step, VECTORS=False)
-                squares += residual * residual  # 0 where there is none
-            square = tl.sum(squares)
-    else:
-        bases = (solution_ptr, residual_ptr, direction_ptr, product_ptr)
-        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        residual = _update_block(bases, offs, offs, offs, offs, offs < numel, step, VECTORS=False)
-        square = tl.sum(residual * residual)
-        block += first_partial
-    tl.store(partial_ptr + block, square)
-
-
-@triton.jit
-def _direction_block(bases, p_offs, z_offs, mask, beta, VECTORS: tl.constexpr):
-    direction = read(bases[0], p_offs, mask, 0, tl.float32, VECTORS)
-    residual = read(bases[1], z_offs, mask, 0, tl.float32, VECTORS)
-    write(bases[0], p_offs, mask, residual + beta * direction, 0, tl.float32, VECTORS)
-
-
-@triton.jit
-def _cg_direction_kernel(records_ptr, blocks_ptr, direction_ptr, residual_ptr, beta_ptr, numel, BLOCK: tl.constexpr):
-    beta = tl.load(beta_ptr).to(tl.float32)
-    if records_ptr is not None:
-        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 2)
-        bases = (record_base(record, 0), record_base(record, 1))
-        if vectors:
-            offs = first + tl.arange(0, BLOCK)
-            _direction_block(bases, offs, offs, None, beta, VECTORS=True)
-        else:
-            size = record_size(record)
-            p_strides, z_strides = record_strides(record, 0, 2), record_strides(record, 1, 2)
-            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
-                index, mask = split_index(first + start, size, BLOCK // STEPS)
-                _direction_block(bases, offsets(index, p_strides), offsets(index, z_strides), mask, beta, VECTORS=False)
-    else:
-        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        _direction_block((direction_ptr, residual_ptr), offs, offs, offs < numel, beta, VECTORS=False)
-
-
-@triton.jit(do_not_specialize=["first_partial"])
-def _cg_dots_kernel(
-    records_ptr, blocks_ptr, a_ptr, b_ptr, partial_ptr, num_partials, numel, first_partial, BLOCK: tl.constexpr
-):
-    # partials (2, num_partials): of <a, b> and of <a, a>
-    block = tl.program_id(0)
-    if records_ptr is not None:
-        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 2)
-        a_base, b_base = record_base(record, 0), record_base(record, 1)
-        if vectors:
-            offs = first + tl.arange(0, BLOCK)
-            a = read(a_base, offs, None, 0, tl.float32, VECTORS=True)
-            ab = tl.sum(a * read(b_base, offs, None, 0, tl.float32, VECTORS=True))
-            aa = tl.sum(a * a)
-        else:
-            size = record_size(record)
-            a_strides, b_strides = record_strides(record, 0, 2), record_strides(record, 1, 2)
-            ab_sums = tl.zeros((BLOCK // STEPS,), tl.float32)
-            aa_sums = tl.zeros((BLOCK // STEPS,), tl.float32)
-            for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
-                index, mask = split_index(first + start, size, BLOCK // STEPS)
-                a = read(a_base, offsets(index, a_strides), mask, 0, tl.float32, VECTORS=False)
-                b = read(b_base, offsets(index, b_strides), mask, 0, tl.float32, VECTORS=False)
-                ab_sums += a * b
-                aa_sums += a * a
-            ab, aa = tl.sum(ab_sums), tl.sum(aa_sums)
-    else:
-        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        a = read(a_ptr, offs, offs < numel, 0, tl.float32, VECTORS=False)
-        b = read(b_ptr, offs, offs < numel, 0, tl.float32, VECTORS=False)
-        ab, aa = tl.sum(a * b), tl.sum(a * a)
-        block += first_partial
-    tl.store(partial_ptr + block, ab)
-    tl.store(partial_ptr + num_partials + block, aa)
-
-
 def supports(*lists: Sequence[Tensor]) -> bool:
     """Whether the Triton launchers take these lists of tensors: fp32; the reference takes fp64, too."""
     return {t.dtype for t in chain(*lists)} <= {torch.float32}
@@ -287,6 +152,7 @@ def _copy_back(views: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
             view.copy_(copy)
 
 
+@on_own_device
 def launch_cg_update(
     solution: Sequence[Tensor],
     residual: Sequence[Tensor],
@@ -310,7 +176,7 @@ def launch_cg_update(
         return
     config = config or choose("cg_update_", ListProblem.of(lists[0]), default_for)
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
-    kernel = wrap_triton(_cg_update_kernel)
+    kernel = wrap_triton(cg_update_kernel)
     if is_traced(*lists):
         check()
         programs = _programs(solution, config.BLOCK)
@@ -327,6 +193,7 @@ def launch_cg_update(
     launch_finish(partials, square)
 
 
+@on_own_device
 def launch_cg_direction(
     direction: Sequence[Tensor], residual: Sequence[Tensor], beta: Tensor, config: ListConfig | None = None
 ) -> None:
@@ -342,7 +209,7 @@ def launch_cg_direction(
         return check()
     config = config or choose("cg_direction_", ListProblem.of(lists[0]), default_for)
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
-    kernel = wrap_triton(_cg_direction_kernel)
+    kernel = wrap_triton(cg_direction_kernel)
     if is_traced(*lists):
         check()
         for views, dense, count, _ in _each(lists, config.BLOCK):
@@ -354,6 +221,7 @@ def launch_cg_direction(
     return None
 
 
+@on_own_device
 def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig | None = None) -> Tensor:
     """`cg_dots` in Triton, as one tensor (2,): one launch, one to finish the sums; any strides.
 
@@ -369,7 +237,7 @@ def launch_cg_dots(a: Sequence[Tensor], b: Sequence[Tensor], config: ListConfig 
         return torch.zeros(2, dtype=torch.float32, device=device)
     config = config or choose("cg_dots", ListProblem.of(lists[0]), default_for)
     tiling = {"BLOCK": config.BLOCK, "num_warps": config.num_warps}
-    kernel = wrap_triton(_cg_dots_kernel)
+    kernel = wrap_triton(cg_dots_kernel)
     dots = torch.empty(2, dtype=torch.float32, device=device)
     if is_traced(*lists):
         check()

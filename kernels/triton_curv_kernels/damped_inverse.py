@@ -48,7 +48,14 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    device_limits,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.damped_inverse_config import (
     CONFIGS,
@@ -91,6 +98,7 @@ def supports(inverses: Sequence[Tensor], factors: Sequence[Tensor], shifts: Sequ
     return all(t.dtype == torch.float32 for t in (*inverses, *factors, *shifts))
 
 
+@on_own_device
 def launch_damped_inverse_(
     inverses: Sequence[Tensor],
     factors: Sequence[Tensor],
@@ -146,10 +154,12 @@ def _iterate(
 ) -> None:
     """All launches for the banks of one class: into workspaces, steps, and back."""
     block_m, block_n, block_k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    if block_n % block_m or block_n % block_k:
+        raise UnsupportedInputError(f"expected BLOCK_M and BLOCK_K that divide BLOCK_N, got {config}")
     device = shifts.device
     shapes = [(len(f), f.shape[-1]) for f in factors]
     banks, length = lay_out(shapes, block_n)
-    matrices, tiles, triangle, panels = make_work(shapes, places, block_n, block_m, device)
+    matrices, tiles, triangle, panels = make_work(shapes, places, block_n, block_m, device, traced=is_traced(shifts))
     inverse, damped = (torch.zeros(length, dtype=torch.float32, device=device) for _ in range(2))
     left, correction = (torch.empty(length, dtype=torch.float32, device=device) for _ in range(2))
     inside, damped_inside = ([bank.view(memory) for bank in banks] for memory in (inverse, damped))

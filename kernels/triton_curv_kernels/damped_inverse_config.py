@@ -95,6 +95,7 @@ def prune(configs: Sequence[DampedInverseConfig], problem: DampedInverseProblem)
         operands = 8 * wide * config.BLOCK_N * config.BLOCK_K * config.num_stages
         return (
             limits.shared_memory >= max(operands, 4 * config.BLOCK_N**2)
+            and config.BLOCK_N % config.BLOCK_K == 0  # matrices are padded to a multiple of BLOCK_N
             and (config.BLOCK_N == 16 if problem.n <= 16 else config.BLOCK_N <= 32 or problem.n > 32)
             and (limits.platform == "cuda" or {config.input_precision, config.residual_precision} == {"ieee"})
             and (config.residual_precision != "fp64" or (has_fast_fp64(limits) and config.BLOCK_M <= 32))

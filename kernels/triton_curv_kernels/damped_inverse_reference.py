@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from triton_curv_kernels.backend import is_traced
 
 BOUND_SLACK = 1 + 1e-4  # on u: its rounding, and room between -1 and the least eigenvalue of R
 TOLERANCE = 4.0  # units in the last place of each column of I - A X that count as rounding
@@ -82,8 +82,3 @@ def _left_residual(x: Tensor, damped: Tensor, identity: Tensor) -> Tensor:
     wide = torch.baddbmm(identity.double(), x.double(), damped.double(), alpha=-1)
     left: Tensor = wide.to(x.dtype)
     return left
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether `tensor` belongs to a trace: it has no values and no address."""
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor | FunctionalTensor)

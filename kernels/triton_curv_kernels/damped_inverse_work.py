@@ -1,18 +1,18 @@
 """Work lists of `damped_inverse_`: where matrices lie in the padded workspaces, and which program does which tile."""
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-Table: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[Any]]
+from triton_curv_kernels.device_cache import DeviceCache, Table
 
 DTYPES = {4: torch.int32, 8: torch.int64}
 GROUP = 8  # rows of tiles whose programs follow each other, so that they share columns in the L2 cache
+
+_kept = DeviceCache(64)
 
 
 class Bank(NamedTuple):
@@ -55,19 +55,16 @@ def lay_out(shapes: Sequence[tuple[int, int]], block_n: int) -> tuple[list[Bank]
 
 
 def make_work(
-    shapes: Sequence[tuple[int, int]], places: Sequence[int], block_n: int, block_m: int, device: torch.device
+    shapes: Sequence[tuple[int, int]],
+    places: Sequence[int],
+    block_n: int,
+    block_m: int,
+    device: torch.device,
+    traced: bool = False,
 ) -> Work:
     """Tables for banks (batch, n) whose results begin at `places`; kept from call to call, but not while tracing."""
     key = (tuple(shapes), tuple(places), block_n, block_m)
-    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    return _on_device(_tables(*key), device) if traced else _cached(*key, device)
-
-
-@lru_cache(maxsize=64)
-def _cached(
-    shapes: tuple[tuple[int, int], ...], places: tuple[int, ...], block_n: int, block_m: int, device: torch.device
-) -> Work:
-    return _on_device(_tables(shapes, places, block_n, block_m), device)
+    return _on_device(_tables(*key), device) if traced else Work(*_kept.get(key, device, lambda: _tables(*key)))
 
 
 def _on_device(tables: Sequence[Table], device: torch.device) -> Work:

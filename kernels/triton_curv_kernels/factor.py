@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.library import triton_op
 from triton.runtime.interpreter import InterpretedFunction
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, on_own_device, use_reference, wrap_triton
 from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.factor_config import (
     CONFIGS,
@@ -183,6 +183,7 @@ def supports(factor: Tensor, rows: Tensor) -> bool:
     return factor.dtype == torch.float32 and rows.dtype in INPUT_DTYPES
 
 
+@on_own_device
 def launch_accumulate_factor_(
     factor: Tensor,
     rows: Tensor,

@@ -25,7 +25,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    device_limits,
+    on_own_device,
+    use_reference,
+)
 from triton_curv_kernels.choice import choose_once
 from triton_curv_kernels.device_cache import DeviceCache
 from triton_curv_kernels.factor import check_shapes, compiled_precision, supports
@@ -69,6 +74,7 @@ def _diagonal(factor: Tensor, rows: Tensor, ones: bool) -> Tensor:
     return torch.cat(packed_diagonal(factor, rows.shape[-1] + ones), -1) if packed else factor.diagonal(0, -2, -1)
 
 
+@on_own_device
 def launch_accumulate_factors_(
     factors: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -126,12 +132,10 @@ def _launch(
             default_group_config,
         )
     work = plan(shapes, dtype, config, traces is not None)
-
-    def table(name: str) -> Tensor:
-        return _tables.get((name, shapes, dtype, config, traces is not None), device, lambda: getattr(work, name))
-
+    planned = (shapes, dtype, config, traces is not None)
+    on_shapes, items, finish = _tables.get(planned, device, lambda: (work.shapes, work.items, work.finish))
     at = tuple((matrix.rows, matrix.factor) for matrix in matrices)
-    addresses = _tables.get(at, device, lambda: np.array(at, dtype=np.int64))
+    (addresses,) = _tables.get(at, device, lambda: (np.array(at, dtype=np.int64),))
     workspace = torch.empty(max(1, work.workspace), dtype=torch.float32, device=device)
     packed = {shape.packed for shape in shapes}
     options = {
@@ -143,7 +147,7 @@ def _launch(
     }
     if len(work.items):
         multiply_group_kernel[(len(work.items),)](
-            *(addresses, table("shapes"), table("items"), alphas, betas, workspace),
+            *(addresses, on_shapes, items, alphas, betas, workspace),
             **options,
             ROWS_DTYPE=TRITON_DTYPES[dtype],
             KINDS=work.kinds,
@@ -157,7 +161,7 @@ def _launch(
     if len(work.finish):
         statistics = (traces, nonfinite) if traces is not None else (workspace, workspace)
         finish_group_kernel[(len(work.finish),)](
-            *(addresses, table("shapes"), table("finish"), alphas, betas, workspace, *statistics),
+            *(addresses, on_shapes, finish, alphas, betas, workspace, *statistics),
             **options,
             KINDS=work.finish_kinds,
             STRIP=WIDEST_STRIP,
@@ -214,7 +218,12 @@ def check_lists(
             )
 
 
-@custom_op("triton_curv::accumulate_factors_", mutates_args={"factors", "traces", "nonfinite"})
+# its tables stay in memory between calls, which the private memory pools of inductor's CUDA graphs do not allow
+@custom_op(
+    "triton_curv::accumulate_factors_",
+    mutates_args={"factors", "traces", "nonfinite"},
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 def _accumulate_factors_op(
     factors: list[Tensor],
     rows: list[Tensor],

@@ -1,5 +1,4 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202
 # (Triton's language is untyped)
 """Heavy-ball momentum over lists of tensors, with weight decay, one scale for each update, and rescaled weights.
 
@@ -29,12 +28,18 @@ from itertools import chain
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import ListProblem, choose, tables_key
+from triton_curv_kernels.momentum_kernels import momentum_update_kernel, rescale_kernel
 from triton_curv_kernels.pointer_table import (
     CODES,
     CONFIGS,
@@ -42,27 +47,12 @@ from triton_curv_kernels.pointer_table import (
     check_shapes,
     default_config,
     default_for,
-    is_traced,
     merged_axes,
     pieces,
     pointer_table,
     prune,
 )
-from triton_curv_kernels.pointer_table_device import (
-    DTYPES,
-    STEPS,
-    find_block,
-    length_of_block,
-    offsets,
-    read,
-    record_base,
-    record_code,
-    record_size,
-    record_strides,
-    split_index,
-    sum_of,
-    write,
-)
+from triton_curv_kernels.pointer_table_device import DTYPES
 
 __all__ = [
     "CONFIGS",
@@ -123,211 +113,6 @@ def _rescale_reference(params: Sequence[Tensor], rescale: Sequence[float]) -> No
     torch._foreach_copy_(tensors, torch._foreach_mul(wide, factors))
 
 
-@triton.jit
-def _update_block(
-    bases,  # of param, momentum and update: addresses or pointers
-    param_offs,
-    momentum_offs,
-    update_offs,
-    mask,
-    scale,
-    hyper,
-    codes,  # of the dtypes of param and update
-    PARAM: tl.constexpr,
-    UPDATE: tl.constexpr,
-    COUPLED: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
-    lr, momentum, weight_decay, momentum_weight, update_weight = hyper
-    param = read(bases[0], param_offs, mask, codes[0], PARAM, VECTORS)
-    velocity = read(bases[1], momentum_offs, mask, 0, tl.float32, VECTORS)
-    update = scale * read(bases[2], update_offs, mask, codes[1], UPDATE, VECTORS)
-    if COUPLED:
-        update += weight_decay * param
-    else:
-        param *= 1.0 - lr * weight_decay
-    velocity = momentum * velocity + update
-    param -= lr * (momentum_weight * velocity + update_weight * update)
-    write(bases[1], momentum_offs, mask, velocity, 0, tl.float32, VECTORS)
-    return write(bases[0], param_offs, mask, param, codes[0], PARAM, VECTORS)
-
-
-@triton.jit
-def _update_strided(
-    bases,
-    first,
-    size,
-    param_strides,
-    momentum_strides,
-    update_strides,
-    scale,
-    hyper,
-    codes,
-    PARAM: tl.constexpr,
-    UPDATE: tl.constexpr,
-    COUPLED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    squares = tl.zeros((BLOCK // STEPS,), tl.float32)
-    for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
-        index, mask = split_index(first + start, size, BLOCK // STEPS)
-        param_offs = offsets(index, param_strides)
-        momentum_offs = offsets(index, momentum_strides)
-        update_offs = offsets(index, update_strides)
-        stored = _update_block(
-            bases, param_offs, momentum_offs, update_offs, mask, scale, hyper, codes, PARAM, UPDATE, COUPLED, False
-        )
-        squares += tl.where(mask, stored * stored, 0.0)
-    return tl.sum(squares)
-
-
-# None stands for what a call does without: the table, or one tensor's pointers, sizes, starts and strides
-@triton.jit(do_not_specialize=["first_block"])
-def _momentum_update_kernel(
-    # the table
-    records_ptr,
-    blocks_ptr,
-    # or one tensor of each list
-    param_ptr,
-    momentum_ptr,
-    update_ptr,
-    # the (first) scale, (5,), one partial square sum a program
-    scale_ptr,
-    hyper_ptr,
-    partial_ptr,
-    # sizes, place among the partial sums, starts and strides (outer, middle, inner) of the one tensor
-    numel,
-    inner,
-    middle,
-    first_block,
-    start_p,
-    start_m,
-    start_u,
-    stride_po,
-    stride_pm,
-    stride_pi,
-    stride_mo,
-    stride_mm,
-    stride_mi,
-    stride_uo,
-    stride_um,
-    stride_ui,
-    # configuration
-    PARAM: tl.constexpr,
-    UPDATE: tl.constexpr,
-    COUPLED: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lr = tl.load(hyper_ptr).to(tl.float32)
-    momentum = tl.load(hyper_ptr + 1).to(tl.float32)
-    weight_decay = tl.load(hyper_ptr + 2).to(tl.float32)
-    momentum_weight = tl.load(hyper_ptr + 3).to(tl.float32)
-    update_weight = tl.load(hyper_ptr + 4).to(tl.float32)
-    hyper = (lr, momentum, weight_decay, momentum_weight, update_weight)
-    block = tl.program_id(0)
-    if records_ptr is not None:
-        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 3)
-        scale_address = scale_ptr.to(tl.int64) + tl.load(record + 6)
-        scale = tl.load(scale_address.to(tl.pointer_type(scale_ptr.dtype.element_ty))).to(tl.float32)
-        bases = (record_base(record, 0), record_base(record, 1), record_base(record, 2))
-        codes = (record_code(record, 0, 3), record_code(record, 2, 3))
-        if vectors:
-            offs = first + tl.arange(0, BLOCK)
-            stored = _update_block(
-                bases, offs, offs, offs, None, scale, hyper, codes, PARAM, UPDATE, COUPLED, VECTORS=True
-            )
-            square = tl.sum(stored * stored)
-        else:
-            p_strides, m_strides = record_strides(record, 0, 3), record_strides(record, 1, 3)
-            u_strides = record_strides(record, 2, 3)
-            size = record_size(record)
-            square = _update_strided(
-                bases, first, size, p_strides, m_strides, u_strides, scale, hyper, codes, PARAM, UPDATE, COUPLED, BLOCK
-            )
-    else:
-        scale = tl.load(scale_ptr).to(tl.float32)
-        bases = (param_ptr + start_p, momentum_ptr + start_m, update_ptr + start_u)
-        first = block.to(tl.int64) * BLOCK
-        size = (numel.to(tl.int64), inner.to(tl.int64), middle.to(tl.int64))
-        p_strides, m_strides = (stride_po, stride_pm, stride_pi), (stride_mo, stride_mm, stride_mi)
-        u_strides = (stride_uo, stride_um, stride_ui)
-        if DENSE:
-            offs = first + tl.arange(0, BLOCK)
-            mask = offs < numel
-            stored = _update_block(
-                bases, offs, offs, offs, mask, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, VECTORS=False
-            )
-            square = tl.sum(tl.where(mask, stored * stored, 0.0))
-        else:
-            square = _update_strided(
-                bases, first, size, p_strides, m_strides, u_strides, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, BLOCK
-            )
-        block += first_block
-    if partial_ptr is not None:
-        tl.store(partial_ptr + block, square)
-
-
-@triton.jit
-def _rescale_strided(base, first, size, strides, code, factor, PARAM: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(0, length_of_block(first, size, BLOCK), BLOCK // STEPS):
-        index, mask = split_index(first + start, size, BLOCK // STEPS)
-        offs = offsets(index, strides)
-        value = factor * read(base, offs, mask, code, PARAM, False)
-        write(base, offs, mask, value, code, PARAM, False)
-
-
-@triton.jit
-def _factor(partial_ptr, first_block, num_blocks, length, EPS: tl.constexpr):
-    return length / (tl.sqrt(sum_of(partial_ptr + first_block, num_blocks, 1024)) + EPS)
-
-
-@triton.jit(do_not_specialize=["first_block", "num_blocks", "length"])
-def _rescale_kernel(
-    # the table
-    records_ptr,
-    blocks_ptr,
-    # or one parameter
-    param_ptr,
-    # all partial square sums
-    partial_ptr,
-    # sizes, which partial sums, length, start and strides of the one parameter
-    numel,
-    inner,
-    middle,
-    first_block,
-    num_blocks,
-    length,
-    start,
-    stride_o,
-    stride_m,
-    stride_i,
-    # configuration
-    PARAM: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    if records_ptr is not None:
-        record, first, vectors = find_block(records_ptr, blocks_ptr, BLOCK, 3)
-        wanted = tl.load(record + 7).to(tl.int32).to(tl.float32, bitcast=True)
-        if wanted > 0:
-            base, code = record_base(record, 0), record_code(record, 0, 3)
-            factor = _factor(partial_ptr, tl.load(record + 4), tl.load(record + 5).to(tl.int32), wanted, EPS)
-            if vectors:
-                offs = first + tl.arange(0, BLOCK)
-                value = factor * read(base, offs, None, code, PARAM, True)
-                write(base, offs, None, value, code, PARAM, True)
-            else:
-                strides = record_strides(record, 0, 3)
-                _rescale_strided(base, first, record_size(record), strides, code, factor, PARAM, BLOCK)
-    else:
-        factor = _factor(partial_ptr, first_block, num_blocks, length, EPS)
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        size = (numel.to(tl.int64), inner.to(tl.int64), middle.to(tl.int64))
-        strides = (stride_o, stride_m, stride_i)
-        _rescale_strided(param_ptr + start, first, size, strides, 0, factor, PARAM, BLOCK)
-
-
 def supports(params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], updates: Sequence[Tensor]) -> bool:
     """Whether the Triton path takes these dtypes: fp32, fp16 or bf16 params and updates, fp32 momenta.
 
@@ -338,6 +123,7 @@ def supports(params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], updat
     }
 
 
+@on_own_device
 def launch_momentum_update_(
     params: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -360,6 +146,11 @@ def launch_momentum_update_(
                 f"{sorted({str(t.dtype) for t in (*params, *updates)})} and "
                 f"{sorted({str(t.dtype) for t in momentum_buffers})}"
             )
+        for place, scale in enumerate(scales):  # which the kernel reads through their addresses
+            if scale.device != params[0].device:
+                raise UnsupportedInputError(
+                    f"expected scales on {params[0].device}, got one at place {place} on {scale.device}"
+                )
 
     numel = sum(p.numel() for p in params)
     if numel == 0:
@@ -379,7 +170,7 @@ def launch_momentum_update_(
     partials = _partials(table.programs, hyper) if lengths is not None else None
     param, _, update = table.dtypes
     grid = (table.programs,)
-    wrap_triton(_momentum_update_kernel)[grid](
+    wrap_triton(momentum_update_kernel)[grid](
         *(table.records, table.blocks, None, None, None, scales[0], hyper, partials),
         *[None] * 16,
         PARAM=DTYPES[param],
@@ -390,7 +181,7 @@ def launch_momentum_update_(
         num_warps=config.num_warps,
     )
     if partials is not None:
-        wrap_triton(_rescale_kernel)[grid](
+        wrap_triton(rescale_kernel)[grid](
             *(table.records, table.blocks, None, partials),
             *[None] * 10,
             PARAM=DTYPES[param],
@@ -420,7 +211,7 @@ def _launch_each(
         partials = _partials(sum(blocks), hyper) if length > 0 and blocks else None
         first = 0
         for part, count in zip(parts, blocks, strict=True):
-            wrap_triton(_momentum_update_kernel)[(count,)](
+            wrap_triton(momentum_update_kernel)[(count,)](
                 *(None, None, param, momentum, update, scale, hyper, partials),
                 *(part.numel, part.inner.size, part.middle.size, first, *part.starts, *part.strides),
                 PARAM=DTYPES[param.dtype],
@@ -433,7 +224,7 @@ def _launch_each(
             first += count
         if partials is not None:
             for part, count in zip(parts, blocks, strict=True):
-                wrap_triton(_rescale_kernel)[(count,)](
+                wrap_triton(rescale_kernel)[(count,)](
                     *(None, None, param, partials, part.numel, part.inner.size, part.middle.size),
                     *(0, sum(blocks), length, part.starts[0]),
                     *(axis.strides[0] for axis in (part.outer, part.middle, part.inner)),

@@ -32,7 +32,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import ListProblem, choose, tables_key
 from triton_curv_kernels.pointer_table import (
     CODES,
@@ -42,7 +48,6 @@ from triton_curv_kernels.pointer_table import (
     default_config,
     default_for,
     dense_views,
-    is_traced,
     pointer_table,
     prune,
 )
@@ -246,6 +251,7 @@ def supports(
     } <= {torch.float32}
 
 
+@on_own_device
 def launch_neumann_update_(
     params: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op, triton_op
 from torch.nn import functional
 
-from triton_curv_kernels.backend import UnsupportedInputError, use_reference, wrap_triton
+from triton_curv_kernels.backend import UnsupportedInputError, on_own_device, use_reference, wrap_triton
 from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.factor import INPUT_DTYPES, launch_accumulate_factor_
 from triton_curv_kernels.patch_config import CONFIGS, NUMERICS, PatchConfig, PatchProblem, default_config, prune
@@ -52,6 +52,7 @@ def supports(factor: Tensor, input: Tensor) -> bool:
     return factor.dtype == torch.float32 and input.dtype in INPUT_DTYPES
 
 
+@on_own_device
 def launch_accumulate_patch_factor_(
     factor: Tensor,
     input: Tensor,

@@ -28,8 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, UnsupportedInputError
 from triton_curv_kernels.choice import ListProblem
@@ -297,8 +295,3 @@ def dense_views(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
     views = [t.permute(order) for t in tensors]
     return views, [t.contiguous() for t in views]
-
-
-def is_traced(*lists: Sequence[Tensor]) -> bool:
-    """Whether a tensor is one of a trace, which has no address."""
-    return any(isinstance(t, FakeTensor | FunctionalTensor) for tensors in lists for t in tensors)

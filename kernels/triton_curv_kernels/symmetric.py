@@ -23,9 +23,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from triton_curv_kernels.backend import UnsupportedInputError, device_limits, use_reference, wrap_triton
+from triton_curv_kernels.backend import (
+    UnsupportedInputError,
+    device_limits,
+    is_traced,
+    on_own_device,
+    use_reference,
+    wrap_triton,
+)
 from triton_curv_kernels.choice import choose_once, tables_key
-from triton_curv_kernels.device_cache import DeviceCache, Table, is_traced
+from triton_curv_kernels.device_cache import DeviceCache, Table
 from triton_curv_kernels.packed import packed_length, packed_offsets, tile_of
 from triton_curv_kernels.symmetric_config import (
     CONFIGS,
@@ -250,6 +257,7 @@ def supports(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype in DTYPES and dtype in DTYPES
 
 
+@on_own_device
 def launch_pack_symmetric(
     matrices: Sequence[Tensor],
     dtype: torch.dtype,
@@ -266,6 +274,7 @@ def launch_pack_symmetric(
     return packed
 
 
+@on_own_device
 def launch_unpack_symmetric(
     packed: Tensor,
     sizes: Sequence[int],
@@ -318,10 +327,10 @@ def _launch(
             for (matrix, _), (n, *strides, wide, offset) in zip(pairs, rows, strict=True)
         )
         counts = tuple(packed_length(triton.cdiv(n, config.BLOCK)) for n, *_ in rows)
+        (on_table,) = _tables.get(table, packed.device, lambda table=table: (np.array(table, dtype=np.int64),))
+        (items,) = _tables.get(counts, packed.device, lambda counts=counts: (_items(counts),))
         _list_kernel[(sum(counts),)](
-            _tables.get(table, packed.device, lambda table=table: np.array(table, dtype=np.int64)),
-            _tables.get(counts, packed.device, lambda counts=counts: _items(counts)),
-            *(packed, *scales),
+            *(on_table, items, packed, *scales),
             **options,
             MATRIX_DTYPE=TRITON_DTYPES[dtype],
             num_warps=config.num_warps,

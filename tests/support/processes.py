@@ -2,7 +2,9 @@
 
 import multiprocessing
 import socket
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -34,8 +36,17 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: f
     ]
     for process in processes:
         process.start()
+    answers: list[Any] = ["no answer"] * world
+    waiting: dict[Any, int] = {pipe: rank for rank, (pipe, _) in enumerate(pipes)}
+    deadline = time.monotonic() + timeout_s
     try:
-        return [pipe.recv() if pipe.poll(timeout_s) else "no answer" for pipe, _ in pipes]
+        while waiting and (ready := wait(list(waiting), deadline - time.monotonic())):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                answers[rank] = pipe.recv()
+                if isinstance(answers[rank], str):  # an error: the others may wait for it in vain
+                    deadline = min(deadline, time.monotonic() + 15)
+        return answers
     finally:
         for process in processes:
             process.join(10)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import triton_curv as tc
 
-ROWS = 12  # of a batch over all ranks: shares of 2, 3 and 4 ranks are equal
+ROWS = 24  # of a batch over all ranks: shares of 2, 3 and 4 ranks are equal, and halves of them
 Batch = tuple[Tensor, Tensor]
 
 

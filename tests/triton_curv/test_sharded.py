@@ -11,13 +11,15 @@ from tests.support.sharded import Case, difference, equality, single, unpacked
 
 TOLERANCE = 1e-12
 
+BARE = {"update_size": "none", "damping": 0.3, "lr": 0.01, "fallback": "sgd"}  # feels the length of the gradient
 EQUAL = [
     Case("none"),
     Case("ddp"),
-    Case("ddp", sharding={"gradients": "reduce_scatter"}, options={"update_size": "kl_clip"}),
+    Case("ddp", sharding={"gradients": "reduce_scatter"}, options=BARE),
     Case("none", sharding={"gather": "inverses"}, options={"reduction": "sum", "fallback": "sgd"}),
     Case("ddp", sharding={"grad_worker_fraction": 0.5, "collectives": "padded"}, options={"refresh_budget": 3}),
     Case("none", sharding={"collectives": "padded"}, options={"inverse": "neumann", "update_size": "kl_clip"}),
+    Case("none", sharding={"gather": "inverses"}, options=BARE),
     Case("none", options={"factor_interval": tc.AdaptiveInterval(0.5), "rescale": "paper"}),
     Case("ddp", options={"damping_rule": tc.LevenbergMarquardt(interval=2, reject=True), "weight_decay": 0.1}),
 ]

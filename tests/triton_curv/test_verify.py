@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from triton_curv import ConfigurationError
 from triton_curv.blocks import ConvRule, LayerNormRule
-from triton_curv.blocks.block import Block
+from triton_curv.blocks import block as block_file
 from triton_curv.cli import main
 from triton_curv.operators.ggn import GaussNewtonOperator
 from triton_curv.operators.hvp import HessianOperator
@@ -158,10 +158,10 @@ def test_a_gap_is_zero_where_kronecker_is_exact() -> None:
 def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict_of(small_net(), 2, 4).ok
 
-    def broken(owner: type, name: str, change: Any) -> Verdict:
+    def broken(owner: Any, name: str, change: Any) -> Verdict:
         right = getattr(owner, name)
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, lambda self, *given: change(right, self, *given))
+            patch.setattr(owner, name, lambda *given: change(right, *given))
             return verdict_of(small_net(), 2, 4)
 
     def shifted(right: Any, rule: ConvRule, sums: Any, inputs: Tensor, *rest: Any) -> Any:
@@ -170,8 +170,8 @@ def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def unnormalised(right: Any, rule: LayerNormRule, inputs: Tensor, training: bool) -> Tensor:
         return inputs
 
-    def halved(right: Any, block: Block, matrix: Tensor, out: Tensor) -> None:
-        right(block, matrix, out)
+    def halved(right: Any, operator: Any, matrix: Tensor, out: Tensor) -> None:
+        right(operator, matrix, out)
         out.mul_(0.5)
 
     def scaled(right: Any, operator: Any, vectors: Any) -> Any:
@@ -181,7 +181,7 @@ def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.block for row in wrong.blocks if not row.ok] == ["0"]
     wrong = broken(LayerNormRule, "normalised", unnormalised)
     assert [row.block for row in wrong.blocks if not row.ok] == ["3"]
-    wrong = broken(Block, "solve", halved)
+    wrong = broken(block_file, "solve", halved)
     assert all(row.factors is not None and row.factors < 1e-12 and not row.ok for row in wrong.blocks)
     for index, operator in enumerate((HessianOperator, GaussNewtonOperator)):
         wrong = broken(operator, "__call__", scaled)
@@ -206,7 +206,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 of 2 blocks compared are right, of 2 in all" in shown
     assert "Hessian (NewtonCG): not available, Once has no second derivative (layers: 1)" in shown
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Block, "solve", lambda self, matrix, out: out.copy_(matrix))
+        patch.setattr(block_file, "solve", lambda operator, matrix, out: out.copy_(matrix))
         assert main(["verify", f"{HERE}:with_doubling", "--input", "6", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is False

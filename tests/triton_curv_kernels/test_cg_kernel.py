@@ -268,9 +268,9 @@ def test_binaries_neither_spill_nor_load_element_by_element(arch: Arch) -> None:
         launches += dry_launches(arch, lambda: launch_cg_direction(case.direction, case.residual, case.step))
         launches += dry_launches(arch, lambda: launch_cg_dots(case.direction, case.product))
     update, finish, direction, dots, _ = map(report, launches)
-    assert update.name == "_cg_update_kernel"
-    assert direction.name == "_cg_direction_kernel"
-    assert dots.name == "_cg_dots_kernel"
+    assert update.name == "cg_update_kernel"
+    assert direction.name == "cg_direction_kernel"
+    assert dots.name == "cg_dots_kernel"
     for kernel in (update, finish, direction, dots):
         assert kernel.spills == 0
         assert kernel.fits_shared

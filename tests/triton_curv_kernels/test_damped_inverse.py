@@ -294,7 +294,14 @@ def test_default_is_one_of_the_pruned_configs(n: int, limits: DeviceLimits) -> N
         (DampedInverseConfig(64, 32, 16, 8, 2), DampedInverseProblem(577, HIP)),
         (DampedInverseConfig(64, 32, 16, 8, 2), DampedInverseProblem(20)),
         (DampedInverseConfig(64, 32, 16, 8, 2, "tf32x3", "ieee"), DampedInverseProblem(577, HIP)),
+        (DampedInverseConfig(16, 16, 32, 1, 2, "ieee", "ieee"), DampedInverseProblem(16)),  # reads the next row
     ],
 )
 def test_prune_refuses(refused: DampedInverseConfig, problem: DampedInverseProblem) -> None:
     assert prune([refused], problem) == []
+
+
+def test_blocks_that_do_not_divide_a_tile_are_named() -> None:
+    inverse, factor, shift = torch.empty(1, 16, 16), torch.empty(1, 16, 16), torch.empty(1)
+    with pytest.raises(UnsupportedInputError, match=r"BLOCK_K that divide BLOCK_N, got .*BLOCK_K=32"):
+        launch_damped_inverse_([inverse], [factor], [shift], config=DampedInverseConfig(16, 16, 32, 1))

@@ -289,9 +289,9 @@ def test_device_cache_is_bounded_and_keeps_what_is_used() -> None:
     def get(key: int) -> Tensor:
         def make() -> Any:
             made.append(key)
-            return np.array([key], dtype=np.int64)
+            return [np.array([key], dtype=np.int64)]
 
-        return cache.get(key, torch.device("cpu"), make)
+        return cache.get(key, torch.device("cpu"), make)[0]
 
     assert [int(get(key)) for key in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
     assert made == [1, 2, 3, 2]

@@ -246,6 +246,9 @@ def test_bad_input_is_named() -> None:
             update_(*good, rescale=[1.0])
     with pytest.raises(UnsupportedInputError, match=r"got \['torch.float64'\]"):
         launch_momentum_update_(*lists([(3,)], torch.float64, torch.float64))
+    elsewhere = good._replace(scales=[good.scales[0], torch.empty((), device="meta")])
+    with pytest.raises(UnsupportedInputError, match="scales on cpu, got one at place 1 on meta"):
+        launch_momentum_update_(*elsewhere)
 
 
 def test_options_are_part_of_the_op() -> None:

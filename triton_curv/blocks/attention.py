@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import MultiheadAttention, Parameter
 
 from triton_curv.blocks.options import LayerOptions
+from triton_curv.blocks.products import add_product_
 from triton_curv.blocks.rows import RowsSource, notes, rows_of, samples_first
 from triton_curv.blocks.rule import FactorShape, MaskedSource, Rule, Source, Uses
 from triton_curv.blocks.side import Side
-from triton_curv_kernels import accumulate_factor_
 
 ROLES = ("q", "k", "v")
 
@@ -146,7 +146,7 @@ class BiasPart:
         signal = samples_first(grad_output, self.options.batch_dim)
         samples, *positions, width = signal.shape
         vectors = signal.reshape(samples, math.prod(positions), width).sum(1)
-        accumulate_factor_(sums["F"][self.index], vectors)
+        add_product_(sums["F"][self.index], vectors)
         return Uses(samples, samples) if self.index == 0 else Uses(0, 0)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
@@ -62,19 +63,34 @@ class Bank:
     """
 
     def __init__(
-        self, size: int, rows: slice, owned: int, served: int, eigen: bool, dtype: torch.dtype, device: torch.device
+        self,
+        size: int,
+        rows: slice,
+        owned: int,
+        served: int,
+        eigen: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: ProductQueue,
     ) -> None:
         batch = rows.stop - rows.start
         self.size = size
         self.rows = rows
         self.owned = owned
-        self.sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
+        self._sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
+        self._products = products
         self.averages = torch.zeros((owned, packed_size(size)), dtype=dtype, device=device)
         self.inverses = torch.eye(size, dtype=dtype, device=device).repeat(served, 1, 1)
         self.spectra = torch.ones((served, size), dtype=dtype, device=device) if eigen else None
         self.diagonal = diagonal_places(size, device)
         self.orders: list[tuple[slice, Tensor]] = []
         self.recent: tuple[Tensor, Tensor] | None = None  # averages after the last fold and the one before, if kept
+
+    @property
+    def sums(self) -> Tensor:
+        """Complete: no product waits to be added."""
+        self._products.flush()
+        return self._sums
 
 
 class FactorStore:
@@ -102,6 +118,7 @@ class FactorStore:
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.units = torch.zeros((), dtype=dtype, device=device)
         self.units_known = False
+        self.products = ProductQueue()
         members: dict[tuple[int, bool], list[FactorKey]] = {}
         for block, factors in enumerate(shapes):
             turned = inverse == "eigen" and set(factors) == {"A", "G"} and all(s.blocks == 1 for s in factors.values())
@@ -126,7 +143,7 @@ class FactorStore:
                 key_of_row += [self.keys.index(key)] * batch
             places = [(self._held_last(key), place.stop) for key, place in zip(keys, slices, strict=True)]
             owned, served = (max((stop for held, stop in places if held <= most), default=0) for most in (0, 1))
-            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device)
+            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device, self.products)
             self.banks.append(bank)
             self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
             orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
@@ -356,6 +373,7 @@ class FactorStore:
 
     def forget(self) -> None:
         """Drop pending statistics."""
+        self.products.clear()
         for bank in self.banks:
             bank.sums.zero_()
         self.counts.zero_()

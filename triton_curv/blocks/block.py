@@ -9,6 +9,7 @@ from torch import Tensor
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
 from triton_curv.blocks.moments import Moments
 from triton_curv.blocks.operator import Operator, solve
+from triton_curv.blocks.products import waits_for_others
 from triton_curv.blocks.rule import MaskedSource, Rule, Source
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.inverse import raised
@@ -72,7 +73,11 @@ class Block:
         source = self.rule if source is None else source
         if mask is not None and isinstance(source, MaskedSource):
             source = source.masked(mask)
-        added = source.accumulate_(self.sums, inputs, grad_output, training)
+        if waits_for_others(self.counts):
+            with self.store.products.taking():
+                added = source.accumulate_(self.sums, inputs, grad_output, training)
+        else:
+            added = source.accumulate_(self.sums, inputs, grad_output, training)
         self.counts[0].add_(added.rows)
         if use < USES:
             self.counts[1 + use].add_(added.samples)

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvNd
 
+from triton_curv.blocks.products import add_product_
 from triton_curv.blocks.rule import FactorShape, Uses
-from triton_curv_kernels import accumulate_factor_, accumulate_patch_factor_
+from triton_curv_kernels import accumulate_patch_factor_
 
 
 class ConvRule:
@@ -58,9 +59,9 @@ class ConvRule:
         signal = grad_output.reshape(grad_output.shape[0], groups, per_group, -1)
         signal = signal.permute(1, 0, 3, 2).reshape(groups, -1, per_group)
         if groups == 1:
-            accumulate_factor_(sums["G"][0], signal[0])
+            add_product_(sums["G"][0], signal[0])
         else:
-            accumulate_factor_(sums["G"], signal)
+            add_product_(sums["G"], signal)
         return Uses(samples=inputs.shape[0], rows=signal.shape[1])
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.side import times_left, times_right
+from triton_curv_kernels import apply_damped_inverse
+from triton_curv_kernels.backend import use_reference
 
 
 class Operator(NamedTuple):
@@ -38,3 +40,38 @@ def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
         torch.matmul(of_G @ matrix, of_A, out=out)
     else:
         torch.matmul(of_G @ (of_G.mT @ matrix @ of_A).mul_(gains), of_A.mT, out=out)
+
+
+class Sums(NamedTuple):
+    """<P, D> and ||P||^2 of each block, (blocks,)."""
+
+    products: Tensor
+    squares: Tensor
+
+
+def solve_all(operators: Sequence[Operator], matrices: Sequence[Tensor], outs: Sequence[Tensor]) -> Sums | None:
+    """`solve` for each block; where kernels run, three launches for all blocks of whole factors, with their sums.
+
+    None if there is a block without sums.
+    """
+    whole = [each.whole and each.gains is None for each in operators]
+    if not any(whole) or not _has_kernels(matrices[0]):
+        whole = [False] * len(operators)
+    for operator, matrix, out, is_whole in zip(operators, matrices, outs, whole, strict=True):
+        if not is_whole:
+            solve(operator, matrix, out)
+    together = [i for i, is_whole in enumerate(whole) if is_whole]
+    if not together:
+        return None
+    applied = apply_damped_inverse(
+        [outs[i] for i in together],
+        [matrices[i] for i in together],
+        [operators[i].right[0] if operators[i].right else matrices[i].new_empty(0) for i in together],
+        [operators[i].left[0] for i in together],
+    )
+    return Sums(applied.products, applied.squares) if all(whole) else None
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels serve the tensor's device. A trace does not look at the environment: there, on a GPU."""
+    return tensor.device.type != "cpu" if torch.compiler.is_compiling() else not use_reference(tensor)

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from triton_curv.blocks.products import add_product_
 from triton_curv.blocks.rule import FactorShape
-from triton_curv_kernels import accumulate_factor_
 
 MAX_BLOCKS = 4  # a factor that needs more blocks than this is made diagonal
 
@@ -69,9 +69,9 @@ class Side:
                 stop = start + width
                 part = rows[..., start:stop]
                 if self.groups == 1:
-                    accumulate_factor_(factor[0, block], part[0], scale, ones=ones and stop == self.size)
+                    add_product_(factor[0, block], part[0], scale, ones=ones and stop == self.size)
                 else:
-                    accumulate_factor_(factor[:, block], part, scale, ones=ones and stop == self.size)
+                    add_product_(factor[:, block], part, scale, ones=ones and stop == self.size)
                 start = stop
 
     def present(self, factor: Tensor) -> Tensor:

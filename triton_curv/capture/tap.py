@@ -134,7 +134,7 @@ class _Tap(torch.autograd.Function):
             inputs, *rest = ctx.saved_tensors
             site = ctx.site
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, rest[0] if rest else None)
-        elif ctx.switch.recording:
+        elif ctx.switch.recording and grad_output.numel():  # a rank's batch may be empty
             inputs, *rest = ctx.saved_tensors
             site, mask = ctx.site, rest[0] if rest else ctx.switch.mask
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, mask)

@@ -76,6 +76,8 @@ class CompiledPass:
 
     def __init__(self, closure: FrozenClosure, params: Sequence[Tensor]) -> None:
         model = closure.model
+        if closure.weights.stand_ins:
+            raise UnsupportedOpError("parameters sharded by FSDP2", PRODUCT, "their whole copies are not the model's")
         if closure.draws:
             raise UnsupportedOpError("random numbers", PRODUCT, "all products of a solve must see the same ones")
         if closure.several:

@@ -11,6 +11,8 @@ from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from triton_curv.sharding.weights import Weights
+
 Closure = Callable[[], Any]
 Consumer = Callable[[Any], None]
 
@@ -89,13 +91,16 @@ class FrozenClosure:
     add up. The graphs of a list are all kept and reused. A generator (`streams`) is run again for each product, so
     only one micro-batch's graph is alive at a time.
 
+    `weights` say what stands in the place of parameters in all passes (`Weights`); none by default.
+
     After the first run `streams` and `several` (a list or a generator) tell what it returned, `draws` whether it drew
     random numbers.
     """
 
-    def __init__(self, model: nn.Module, closure: Closure, eager: bool = True) -> None:
+    def __init__(self, model: nn.Module, closure: Closure, weights: Weights | None = None, eager: bool = True) -> None:
         self.model = model
         self.closure = closure
+        self.weights = Weights([]) if weights is None else weights
         self.eager = eager
         self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self._start: list[Tensor] = []
@@ -106,16 +111,25 @@ class FrozenClosure:
     def first(self, consume: Consumer) -> None:
         """Run the closure for real and hand every result to `consume`."""
         self._start = self._random_state()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        weights = self.weights
+        inside = replaced(self.model, weights.stand_ins) if weights.stand_ins else nullcontext()
+        with weights.around_first(), inside, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._run(consume)
         now = self._random_state()
         self.draws = any(not torch.equal(a, b) for a, b in zip(self._start, now, strict=True))
 
     def again(self, consume: Consumer, replacements: Mapping[Tensor, Tensor] | None = None) -> None:
-        """Repeat the first run, with other tensors in place of some of the model's parameters, if given."""
+        """Repeat the first run, with other tensors in place of some that it was run with, if given."""
+        given = replacements or {}
         tensors = {buffer: buffer.clone() for buffer in self.model.buffers()}
-        tensors.update(replacements or {})
-        with self._rewound(), sdpa_kernel(SDPBackend.MATH), replaced(self.model, tensors):
+        tensors.update({p: given.get(tensor, tensor) for p, tensor in self.weights.stand_ins.items()})
+        tensors.update(given)
+        with (
+            self.weights.around_again(),
+            self._rewound(),
+            sdpa_kernel(SDPBackend.MATH),
+            replaced(self.model, tensors),
+        ):
             self._run(consume)
 
     def _run(self, consume: Consumer) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.operator import solve
+from triton_curv.blocks.operator import Sums, solve_all
 from triton_curv.hostcheck import known_true
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.hyper import OF_UPDATE, SLOT
@@ -41,16 +41,15 @@ def apply_(
     """
     every = [each.lists for each in work]
     exchange.matrices_(every, [each.grads for each in work])
-    for lists in every:
-        precondition(lists, samples, options, exchange.applied(lists.block_indices))
+    sums = [precondition(lists, samples, options, exchange.applied(lists.block_indices)) for lists in every]
     exchange.updates_(every)
-    norms = exchange.norms(every)
+    norms = exchange.norms(every, sums)
     of_loose = [torch.stack(torch._foreach_norm(loose, 2, samples.dtype))] if loose else []  # fp16 ends at 65504
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
         skipped.add_(~finite)
-    for each, scale in zip(work, scales(work, norms, options, exchange), strict=True):
+    for each, scale in zip(work, scales(work, norms, sums, options, exchange), strict=True):
         lists, hyper = each.lists, each.hyper[:OF_UPDATE]
         if not healthy:
             lists.flat_updates.masked_fill_(~finite, 0.0)
@@ -65,18 +64,27 @@ def apply_(
     return finite
 
 
-def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> None:
-    """From gradients to the steps of all blocks of a group, of whatever size they come out."""
+def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> Sums | None:
+    """From gradients to the steps of all blocks of a group, of whatever size they come out; their sums, if known."""
     if options.reduction == "sum":
         torch._foreach_div_(lists.row_grads, [samples[index] for index in lists.block_indices])
     if options.loss_scale != 1.0:
         torch._foreach_div_(lists.row_grads, options.loss_scale)
-    for operator, grad, update, here in zip(lists.operators, lists.row_grads, lists.row_updates, applied, strict=True):
-        if here:
-            solve(operator, grad, update)
+    if all(applied):
+        return solve_all(lists.operators, lists.row_grads, lists.row_updates)
+    here = [i for i, is_here in enumerate(applied) if is_here]
+    operators, grads = [lists.operators[i] for i in here], [lists.row_grads[i] for i in here]
+    solve_all(operators, grads, [lists.row_updates[i] for i in here])
+    return None
 
 
-def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, exchange: Exchange) -> list[Tensor]:
+def scales(
+    work: Sequence[Work],
+    norms: Sequence[Tensor],
+    sums: Sequence[Sums | None],
+    options: KFACOptions,
+    exchange: Exchange,
+) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
     if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
         return [
@@ -85,7 +93,7 @@ def scales(work: Sequence[Work], norms: Sequence[Tensor], options: KFACOptions, 
         ]
     if options.update_size == "none" or not work:
         return [torch.ones_like(n) for n in norms]
-    pairs = zip(work, exchange.products([each.lists for each in work]), strict=True)
+    pairs = zip(work, exchange.products([each.lists for each in work], sums), strict=True)
     products = [product * each.hyper[SLOT["lr_squared"]] for each, product in pairs]
     nu = torch.sqrt(options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).clamp_max(1.0)
     return [nu.expand_as(n) for n in norms]

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from triton_curv.blocks import FactorStore
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
+from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
 from triton_curv.optimizers.matrices import Lists
 
@@ -47,10 +48,10 @@ class Exchange(Protocol):
     def updates_(self, lists: Sequence[Lists]) -> None:
         """After preconditioning: the updates, where the weights are."""
 
-    def norms(self, lists: Sequence[Lists]) -> list[Tensor]:
-        """||P|| of each block, one vector for each parameter group."""
+    def norms(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
+        """||P|| of each block, one vector for each parameter group; `sums`: of each group on this rank, if known."""
 
-    def products(self, lists: Sequence[Lists]) -> list[Tensor]:
+    def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """<P, D> over all blocks of each parameter group, ()."""
 
     def total(self, number: Tensor) -> Tensor:
@@ -108,13 +109,19 @@ class Alone:
     def updates_(self, lists: Sequence[Lists]) -> None:
         """Complete."""
 
-    def norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+    def norms(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """Of what is here."""
-        return [torch.stack(torch._foreach_norm(each.row_updates)) for each in lists]
+        return [
+            torch.stack(torch._foreach_norm(each.row_updates)) if known is None else known.squares.sqrt()
+            for each, known in zip(lists, sums, strict=True)
+        ]
 
-    def products(self, lists: Sequence[Lists]) -> list[Tensor]:
+    def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """Of what is here."""
-        return [torch.dot(each.flat_updates, each.flat_grads) for each in lists]
+        return [
+            torch.dot(each.flat_updates, each.flat_grads) if known is None else known.products.sum()
+            for each, known in zip(lists, sums, strict=True)
+        ]
 
     def total(self, number: Tensor) -> Tensor:
         """That of one rank."""

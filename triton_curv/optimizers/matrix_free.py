@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Generic, Literal, TypeVar
 
@@ -21,24 +21,40 @@ from triton_curv.operators.hvp import HessianOperator
 from triton_curv.operators.loss import check_finite
 from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype, zeros_like
 from triton_curv.optimizers.kfac import KFAC
-from triton_curv.optimizers.preconditioner import KFACPreconditioner, Preconditioner, diagonal_preconditioner
+from triton_curv.optimizers.preconditioner import (
+    KFACPreconditioner,
+    Preconditioner,
+    diagonal_preconditioner,
+    require_all_inverses,
+)
 from triton_curv.optimizers.state import load_state_in_place
+from triton_curv.sharding.mean import RankMean
+from triton_curv.sharding.ranks import Where, find_ranks
+from triton_curv.sharding.weights import GatheredWeights, ReplicatedWeights, Weights
 
 PreconditionerArgument = Literal["identity", "diagonal"] | KFAC
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 Operator = TypeVar("Operator", HessianOperator, GaussNewtonOperator)
 
+METHODS = ("reverse", "forward", "jvp", "double_vjp", "compiled")
+
 ARMIJO_SLOPE, SHRINK, MAX_SHRINKS = 1e-4, 0.5, 10
 
 
 @dataclass
 class Start(Generic[Operator]):
-    """Where a step starts: the frozen closure, the trained parameters, the product there, gradient and loss."""
+    """Where a step starts: the frozen closure, the trained parameters, the product there, gradient and loss.
+
+    `weights.tensors` are what the product is taken at and what the step moves. On several ranks the gradient and the
+    product are means over them with `exact_products`, this rank's own with `average_updates`; the loss is the mean.
+    """
 
     closure: FrozenClosure
     params: list[Parameter]
+    weights: Weights
     operator: Operator
+    product: Callable[[Vectors], Vectors]
     gradient: Vectors
     loss: Tensor
 
@@ -105,17 +121,23 @@ class MatrixFree(Optimizer):
         defaults: dict[str, Any],
         groups: Sequence[Mapping[str, Any]],
         preconditioner: PreconditionerArgument,
+        process_group: Where = "auto",
     ) -> None:
         if not (isinstance(preconditioner, KFAC) or preconditioner in ("identity", "diagonal")):
             raise ConfigurationError(
                 f"expected preconditioner 'identity', 'diagonal' or a KFAC of the model, got {preconditioner!r}"
             )
+        self._found = find_ranks(model, process_group)
+        model = self._found.model
         self.model = model
         self.solves: list[Solve] = []
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._choice: Choice | None = None
         super().__init__(_param_groups(model, defaults, groups), defaults)
+        self._mean = RankMean(self._found, self.param_groups[0]["params"][0].device)
         self._opt_called = True  # an LR scheduler looks for it
+        if isinstance(preconditioner, KFAC):
+            require_all_inverses(preconditioner, self._found)
         self._diagonal = preconditioner == "diagonal"
         self._kfac = KFACPreconditioner(preconditioner, self._names) if isinstance(preconditioner, KFAC) else None
 
@@ -175,15 +197,36 @@ class MatrixFree(Optimizer):
 
     # ---- pieces of a step
 
-    def _start(self, closure: Closure, operator: type[Operator]) -> Start[Operator]:
-        """Run the closure for the first time: loss and gradient, checked, and the product, built."""
-        frozen = self._freeze(negated(closure) if self._shared("maximize") else closure)
+    def _start(self, closure: Closure, operator: type[Operator], exact: bool = True) -> Start[Operator]:
+        """Run the closure for the first time: loss and gradient, checked, and the product, built.
+
+        `exact`: on several ranks, gradient and product are means over them.
+        """
         params = list(self._trained().values())
+        weights = self._weights(params)
+        frozen = self._freeze(negated(closure) if self._shared("maximize") else closure, weights)
         method: Any = self._method()
-        product = operator(frozen, params, method, self._first_step())
-        gradient = widened(product.gradient)
-        check_finite(product.loss, dot(gradient, gradient))
-        return Start(frozen, params, product, gradient, product.loss)
+        with self._mean.agreeing("run their closures"):
+            local = operator(frozen, weights.tensors, method, self._first_step())
+        gradient: Vectors = widened(local.gradient)
+        if exact:
+            loss, *gradient = self._mean.vectors([local.loss, *gradient])
+            squares = dot(gradient, gradient)
+        else:
+            loss, squares = self._mean.vectors([local.loss, dot(gradient, gradient)])
+        check_finite(loss, squares)
+        product = self._mean_product(local) if exact else local
+        return Start(frozen, params, weights, local, product, gradient, loss)
+
+    def _mean_product(self, local: Callable[[Vectors], Vectors]) -> Callable[[Vectors], Vectors]:
+        """v -> the mean of H v over ranks."""
+        return local if self._mean.size == 1 else lambda vectors: self._mean.vectors(local(vectors))
+
+    def _weights(self, params: Sequence[Parameter]) -> Weights:
+        """What this step differentiates by and moves."""
+        if self._found.wrapper == "fsdp":
+            return GatheredWeights(params, self.model)
+        return Weights(params) if self._found.ddp is None else ReplicatedWeights(params, self._found.ddp)
 
     def _solve(
         self,
@@ -213,16 +256,18 @@ class MatrixFree(Optimizer):
         self._note_choice(start.operator.choice)
         start.operator.release()  # the weights that its graphs hold change now
         step = self._scaled(direction)
-        trial = Trial(start.params, start.closure, loss_of)
+        trial = Trial(start.weights.tensors, start.closure, loss_of, self._mean)
         trial.move(step)
         return trial, step
 
-    def _end(self, loss: Tensor) -> Tensor:
-        """Count the step; the loss before it, in the closure's sign."""
+    def _end(self, start: Start[Operator]) -> Tensor:
+        """Keep the weights as they are now, count the step; the loss before it, in the closure's sign."""
+        start.weights.write_back()
         self._count_step()
+        loss = start.loss
         return -loss if self._shared("maximize") else loss
 
-    def _freeze(self, closure: Closure, eager: bool = True) -> FrozenClosure:
+    def _freeze(self, closure: Closure, weights: Weights, eager: bool = True) -> FrozenClosure:
         if not callable(closure):
             raise ClosureError(
                 f"{type(self).__name__}.step needs a closure that computes the loss and does not call backward(), "
@@ -230,7 +275,7 @@ class MatrixFree(Optimizer):
             )
         if self._kfac is not None:
             self._kfac.taps_off()
-        return FrozenClosure(self.model, closure, eager)
+        return FrozenClosure(self.model, closure, weights, eager)
 
     def _trained(self) -> dict[str, Parameter]:
         return {self._names[p]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
@@ -243,6 +288,8 @@ class MatrixFree(Optimizer):
 
     def _note_choice(self, choice: Choice | None) -> None:
         if choice is not None and (self._choice is None or self._choice.name != choice.name):
+            if self._mean.size > 1 and self._method() not in METHODS:  # they were timed: all ranks take the same
+                choice = replace(choice, name=METHODS[self._mean.first_of(METHODS.index(choice.name))])
             self._choice = choice
             for group in self.param_groups:
                 group["chosen_product"] = choice.name
@@ -305,10 +352,13 @@ class MatrixFree(Optimizer):
 class Trial:
     """The weights before a step, and moves away from them and back.
 
-    Losses are those of the same batch, random numbers and buffers as the gradient's.
+    Losses are those of the same batch, random numbers and buffers as the gradient's; means over ranks.
     """
 
-    def __init__(self, params: Sequence[Tensor], closure: FrozenClosure, loss_of: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], closure: FrozenClosure, loss_of: Callable[[Any], Tensor], mean: RankMean
+    ) -> None:
+        self._mean = mean
         self._params = list(params)
         self._weights = [p.detach().clone() for p in params]
         self._closure = closure
@@ -328,7 +378,7 @@ class Trial:
             total += float(self._loss_of(result))
 
         self._closure.again(take)
-        return total
+        return self._mean.number(total)
 
     def backtrack(self, step: Vectors, loss_before: float, slope: float, loss_now: float) -> float:
         """Armijo's rule: halve until L(w_0 + s step) <= L(w_0) + 1e-4 s slope, ten times at most; returns s.

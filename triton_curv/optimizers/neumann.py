@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
 from triton_curv.optimizers.state import load_state_in_place
+from triton_curv.sharding.ranks import mesh_of
+from triton_curv.sharding.weights import local_of
 from triton_curv_kernels.neumann import neumann_update_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -53,6 +56,8 @@ class Neumann(Optimizer):
       K = `period`: m = -lr grad; w and v don't move.
     * mu(t) = clip(1 - 1/(1 + t/mu_steps), *mu). The paper gives no unit of t: main-loop steps here, unless `mu_steps`
       says how many steps make one unit.
+    * On several ranks: DDP or FSDP2 average the gradients. Of parameters that FSDP2 shards each rank moves its shards
+      and keeps their state; D is that of all shards, one all-reduce of a number for each group.
     * Every group has its own hyper-parameters and counts its own steps. D and n (variables that require a gradient)
       are those of all groups together. A parameter without a gradient does not move, but counts in D.
 
@@ -107,11 +112,13 @@ class Neumann(Optimizer):
             "maximize": maximize,
         }
         self._last_hyper: dict[Tensor, tuple[list[float], Tensor]] = {}
+        self._shards: dist.ProcessGroup | None = None
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what copies and unpickled optimizers lack
         super().__setstate__(state)
         self._last_hyper = {}
+        self._shards = self._find_shards()
 
     @property
     def evaluating(self) -> bool:
@@ -133,6 +140,7 @@ class Neumann(Optimizer):
         devices = {p.device for g in self.param_groups for p in g["params"]}
         try:
             _check_group(group, devices)
+            self._shards = self._find_shards()
         except ConfigurationError:
             self.param_groups.pop()
             raise
@@ -179,20 +187,25 @@ class Neumann(Optimizer):
         if len(groups) > 1:
             distances = [_norm(distances)] * len(groups)
         variables = sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
-        for group, distance in zip(groups, distances, strict=True):
-            self._step_group(group, distance, variables)
+        moved = [g for g, d in zip(groups, distances, strict=True) if self._step_group(g, d, variables)]
+        if moved and self._shards is not None:
+            _sum_over(self._shards, [group["distance"] for group in moved])
         return loss
 
-    def _step_group(self, group: dict[str, Any], distance: Tensor, variables: int) -> None:
-        """Lines 2 to 12 of Algorithm 2 for one group, given D over all groups."""
+    def _step_group(self, group: dict[str, Any], distance: Tensor, variables: int) -> bool:
+        """Lines 2 to 12 of Algorithm 2 for one group, given D over all groups; False if it has no gradients.
+
+        Of parameters that FSDP2 shards, on this rank's shards; "distance" is that of these then.
+        """
         every: list[Tensor] = group["params"]
-        params = [p for p in every if p.grad is not None]
-        if not params:
-            return
-        grads = _gradients(params, group)
-        momentum_buffers = [self.state[p]["momentum_buffer"] for p in params]
+        moving = [p for p in every if p.grad is not None]
+        if not moving:
+            return False
+        params, whole = _local(moving), _local(every)
+        grads = _gradients(params, _local([p.grad for p in moving if p.grad is not None]), group)
+        momentum_buffers = _local([self.state[p]["momentum_buffer"] for p in moving])
         if group["step"] == 0:
-            torch._foreach_copy_(self._exp_avgs(every), every)
+            torch._foreach_copy_(self._exp_avgs(every), whole)
         group["step"] += 1
         t = group["step"] - group["warmup"]
         lr = _on_host_if_there(group["lr"])
@@ -204,18 +217,19 @@ class Neumann(Optimizer):
                 torch._foreach_add_(params, descent)
             else:
                 torch._foreach_copy_(momentum_buffers, descent)
-            group["distance"].copy_(_norm(torch._foreach_sub(every, self._exp_avgs(every))))
-            return
+            group["distance"].copy_(_norm(torch._foreach_sub(whole, self._exp_avgs(every))))
+            return True
 
         mu = mu_at(t, group["mu"], group["mu_steps"])
         hyper = self._hyper(group, [lr, mu, group["alpha"], group["beta"] * variables, group["gamma"]])
         if distance is not group["distance"]:
             group["distance"].copy_(distance)
-        neumann_update_(params, momentum_buffers, self._exp_avgs(params), grads, group["distance"], hyper)
-        if len(params) < len(every):
+        neumann_update_(params, momentum_buffers, self._exp_avgs(moving), grads, group["distance"], hyper)
+        if len(moving) < len(every):
             still = [p for p in every if p.grad is None]
-            rest = _norm(torch._foreach_sub(still, self._exp_avgs(still)))
+            rest = _norm(torch._foreach_sub(_local(still), self._exp_avgs(still)))
             torch.hypot(group["distance"], rest, out=group["distance"])
+        return True
 
     def _hyper(self, group: dict[str, Any], values: list[float | Tensor]) -> Tensor:
         """`values` in one tensor on the group's device, last step's if they are the same; no wait for the device."""
@@ -233,7 +247,12 @@ class Neumann(Optimizer):
         return hyper
 
     def _exp_avgs(self, params: Sequence[Tensor]) -> list[Tensor]:
-        return [self.state[p]["exp_avg"] for p in params]
+        return _local([self.state[p]["exp_avg"] for p in params])
+
+    def _find_shards(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the shards of a parameter, if FSDP2 has sharded them."""
+        mesh = mesh_of(p for group in self.param_groups for p in group["params"])
+        return None if mesh is None else mesh.get_group(mesh.ndim - 1)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -303,9 +322,20 @@ def _norm(tensors: Tensors) -> Tensor:
     return norm
 
 
-def _gradients(params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The shards that this rank holds, sharing memory; tensors that are not sharded themselves."""
+    return [local_of(t) for t in tensors]
+
+
+def _sum_over(shards: dist.ProcessGroup, distances: list[Tensor]) -> None:
+    """The norms of whole vectors, in place, from those of the parts that each rank holds; one all-reduce."""
+    squares = torch.stack(distances).square_()
+    dist.all_reduce(squares, group=shards)
+    torch._foreach_copy_(distances, list(squares.sqrt_().unbind()))
+
+
+def _gradients(params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """Gradients of what is minimised, L2 term included."""
-    grads = [p.grad for p in params if p.grad is not None]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     decay = _on_host_if_there(group["weight_decay"])

@@ -13,6 +13,7 @@ from triton_curv.operators.errors import no_backward_inside
 from triton_curv.operators.loss import as_loss, check_finite
 from triton_curv.operators.vectors import Vectors, add_, add_scaled, dot, zeros_like
 from triton_curv.optimizers.matrix_free import MatrixFree, Trial, negated, never_traced, number, widened
+from triton_curv.sharding.ranks import Where
 
 
 class NeumannInner(MatrixFree):
@@ -31,6 +32,8 @@ class NeumannInner(MatrixFree):
         damping: lambda.
         groups: settings by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; all but lr must agree.
         maximize: ascend instead of descend.
+        process_group: the ranks that train the model together, as for `KFAC`; "alone": this one. Gradients are means
+            over ranks.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -49,6 +52,7 @@ class NeumannInner(MatrixFree):
         damping: float | Tensor = 0.0,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
+        process_group: Where = "auto",
     ) -> None:
         defaults = {
             "lr": inner_lr if lr is None else lr,
@@ -58,7 +62,7 @@ class NeumannInner(MatrixFree):
             "chosen_product": "gradients",
             "maximize": maximize,
         }
-        super().__init__(model, defaults, groups, "identity")
+        super().__init__(model, defaults, groups, "identity", process_group)
         self._choice = Choice("gradients")
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -84,11 +88,12 @@ class NeumannInner(MatrixFree):
 
         """
         maximize = self._shared("maximize")
+        weights = self._weights(list(self._trained().values()))
         # gradients alone: what is compiled may stay so
-        frozen = self._freeze(negated(closure) if maximize else closure, eager=False)
-        params = list(self._trained().values())
+        frozen = self._freeze(negated(closure) if maximize else closure, weights, eager=False)
+        params = weights.tensors
         eta, damping = number(self._shared("inner_lr")), number(self._shared("damping"))
-        trial = Trial(params, frozen, as_loss)
+        trial = Trial(params, frozen, as_loss, self._mean)
         gradient = zeros_like(params)
         loss = torch.zeros((), dtype=params[0].dtype, device=params[0].device)
 
@@ -97,20 +102,21 @@ class NeumannInner(MatrixFree):
             loss.add_(part.detach())
             add_(gradient, torch.autograd.grad(part, params, allow_unused=True, materialize_grads=True))
 
-        with no_backward_inside():
+        with self._mean.agreeing("run their closures"), no_backward_inside():
             frozen.first(take)
-        before = loss.clone()
-        check_finite(before, dot(gradient, gradient))
-        m: Vectors = list(torch._foreach_neg(widened(gradient)))
+        before, *mean_gradient = self._mean.vectors([loss.clone(), *gradient])
+        check_finite(before, dot(mean_gradient, mean_gradient))
+        m: Vectors = list(torch._foreach_neg(widened(mean_gradient)))
         for _ in range(self._shared("inner_steps")):
             displacement = list(torch._foreach_mul(m, eta))
             trial.move(displacement)
             torch._foreach_zero_(gradient)
             with torch.enable_grad():
                 frozen.again(take)
-            m = add_scaled(m, widened(gradient), -1.0)
+            m = add_scaled(m, widened(self._mean.vectors(gradient)), -1.0)
             m = add_scaled(m, displacement, -damping)
         trial.move(self._scaled(m))
+        weights.write_back()
         self._count_step()
         return -before if maximize else before
 

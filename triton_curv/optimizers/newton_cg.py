@@ -23,9 +23,11 @@ from triton_curv.optimizers.matrix_free import (
     number,
     widened,
 )
+from triton_curv.sharding.ranks import Where
 
 Product = Literal["auto", "fastest", "reverse", "forward", "compiled"]
 Feasibility = Literal["code", "paper"]
+DataParallel = Literal["exact_products", "average_updates"]
 
 
 class NewtonCG(MatrixFree):
@@ -50,7 +52,7 @@ class NewtonCG(MatrixFree):
         hessian: "full": one system over all parameters; "per_tensor": one for each parameter tensor, with its own
             diagonal block of H and its own feasibility check (what the authors' Keras optimizer does).
         preconditioner: "identity", "diagonal" (1/(g^2 + tau)^0.75) or a `KFAC` of the same model, whose `step` is never
-            called; with "full" only.
+            called; with "full" only. On several ranks it needs `Sharding(gather="inverses")`.
         line_search: halve the step until the loss falls enough (Armijo); the authors have none.
         warm_start: in [0, 1]: CG starts from this multiple of the last direction; 0 is the authors' zero start.
         product: "reverse", "forward" or "compiled" Hessian-vector products (`HessianOperator`); "auto": that of the
@@ -60,6 +62,13 @@ class NewtonCG(MatrixFree):
         keep_history: record residual norms in `solves`.
         groups: settings by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; all but lr must agree.
         maximize: ascend instead of descend.
+        process_group: the ranks that train the model together, as for `KFAC`; "alone": this one.
+        data_parallel: on several ranks, "exact_products": gradients and products are means over ranks, one all-reduce
+            for each product, so that a step is that of one process on all batches together. "average_updates": each
+            rank solves for its own batch and the directions are averaged, one all-reduce for each step (the paper).
+
+    A loss is a mean over the ranks' losses. If their batches differ in size, let each be (ranks / all samples) times
+    its sum.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -87,7 +96,10 @@ class NewtonCG(MatrixFree):
         keep_history: bool = False,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
+        process_group: Where = "auto",
+        data_parallel: DataParallel = "exact_products",
     ) -> None:
+        choose("data_parallel", data_parallel, get_args(DataParallel))
         choose("stop", stop, tuple(RULES))
         choose("negative_curvature", negative_curvature, get_args(NegativeCurvature))
         choose("feasibility", feasibility, get_args(Feasibility))
@@ -98,6 +110,7 @@ class NewtonCG(MatrixFree):
         if hessian == "per_tensor" and isinstance(preconditioner, KFAC):
             raise ConfigurationError("expected hessian='full' with K-FAC, whose blocks span tensors, got 'per_tensor'")
         self.hessian = hessian
+        self._exact = data_parallel == "exact_products"
         self._warm = warm_start > 0
         defaults = {
             "lr": lr,
@@ -114,7 +127,7 @@ class NewtonCG(MatrixFree):
             "keep_history": keep_history,
             "maximize": maximize,
         }
-        super().__init__(model, defaults, groups, preconditioner)
+        super().__init__(model, defaults, groups, preconditioner, process_group)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
@@ -140,20 +153,35 @@ class NewtonCG(MatrixFree):
             UnsupportedOpError: an op in the closure has no second derivative; says which.
 
         """
-        start = self._start(closure, HessianOperator)
+        start = self._start(closure, HessianOperator, self._exact)
         self.solves = []
+        last = self._last(start) if self._warm else None
         if self.hessian == "full":
-            direction = self._direction(start.operator, start, start.params, start.gradient)
+            direction = self._direction(start.product, start, start.params, start.gradient, last)
         else:
             direction = []
             for i, (p, g) in enumerate(zip(start.params, start.gradient, strict=True)):
-                direction += self._direction(start.operator.block(i), start, [p], [g])
+                local = start.operator.block(i)
+                product = self._mean_product(local) if self._exact else local
+                direction += self._direction(product, start, [p], [g], last and [last[i]])
+        if not self._exact:
+            direction = self._mean.vectors(direction)
         trial, step = self._move(start, direction, as_loss)
         if self._shared("line_search"):
-            trial.backtrack(step, float(start.loss), float(dot(start.gradient, step)), trial.loss())
+            slope = float(dot(start.gradient, step))
+            slope = slope if self._exact else self._mean.number(slope)
+            trial.backtrack(step, float(start.loss), slope, trial.loss())
         if self._warm:
-            torch._foreach_copy_([self.state[p]["direction"] for p in start.params], direction)
-        return self._end(start.loss)
+            torch._foreach_copy_(self._kept(start), start.weights.own(direction))
+        return self._end(start)
+
+    def _kept(self, start: Start[HessianOperator]) -> Vectors:
+        return start.weights.kept([self.state[p]["direction"] for p in start.params])
+
+    def _last(self, start: Start[HessianOperator]) -> Vectors:
+        """Where CG starts: `warm_start` times the last direction."""
+        directions = start.weights.whole([self.state[p]["direction"] for p in start.params])
+        return list(torch._foreach_mul(directions, self._shared("warm_start")))
 
     def _direction(
         self,
@@ -161,12 +189,10 @@ class NewtonCG(MatrixFree):
         start: Start[HessianOperator],
         params: Sequence[Parameter],
         gradient: Vectors,
+        last: Vectors | None,
     ) -> Vectors:
         """The feasible solution d of one system (H + tau I) d = -g."""
         tau = number(self._shared("tau"))
-        last = None
-        if self._warm:
-            last = list(torch._foreach_mul([self.state[p]["direction"] for p in params], self._shared("warm_start")))
         preconditioner = self._preconditioner(start.closure, as_loss, params, gradient, tau)
         result = self._solve(product, gradient, tau, self._shared("cg_max_iter"), preconditioner, last)
         slope = dot(gradient, result.solution)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_curv.errors import ConfigurationError
 from triton_curv.operators.frozen import FrozenClosure
 from triton_curv.operators.vectors import Vectors
 from triton_curv.optimizers.kfac import KFAC
+from triton_curv.sharding.ranks import Found
 
 Preconditioner = Callable[[Vectors], Vectors]
 
@@ -20,6 +22,17 @@ def diagonal_preconditioner(gradient: Sequence[Tensor], damping: float | Tensor,
     """
     scales = [(g.square() + damping).pow(-exponent) for g in gradient]
     return lambda vectors: list(torch._foreach_mul(vectors, scales))
+
+
+def require_all_inverses(kfac: KFAC, found: Found) -> None:
+    """Raise ConfigurationError unless K-FAC works on the ranks found, and gives each of them all inverses."""
+    if kfac._found.ranks != found.ranks:
+        raise ConfigurationError(f"expected a KFAC on ranks {list(found.ranks)}, got one on {list(kfac._found.ranks)}")
+    if found.wrapper == "fsdp" or (len(found.ranks) > 1 and kfac._sharding.fraction < 1):
+        raise ConfigurationError(
+            "expected preconditioner 'identity' or 'diagonal' on several ranks, or without FSDP2 a KFAC with "
+            f"Sharding(gather='inverses'), got {kfac._sharding} and the wrapper '{found.wrapper}'"
+        )
 
 
 class KFACPreconditioner:

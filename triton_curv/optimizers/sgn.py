@@ -18,10 +18,12 @@ from triton_curv.optimizers.matrix_free import (
     MatrixFree,
     PreconditionerArgument,
     Solve,
+    Start,
     never_traced,
     number,
     widened,
 )
+from triton_curv.sharding.ranks import Where
 
 Product = Literal["auto", "fastest", "jvp", "double_vjp", "compiled"]
 
@@ -73,13 +75,16 @@ class SGN(MatrixFree):
         line_search: halve the step until the loss falls enough (Armijo, c = 1e-4, at most 10 times).
         momentum: in [0, 1): the right-hand side is the bias-corrected moving average of gradients.
         preconditioner: "identity", "diagonal" (1/(m^2 + rho)^0.75) or a `KFAC` of the same model, whose `step` is never
-            called.
+            called. On several ranks it needs `Sharding(gather="inverses")`.
         product: how J v is made, "jvp", "double_vjp" or "compiled" (`GaussNewtonOperator`); "auto": that of the first
             two, "fastest": that of all three that a first measurement finds fastest; `explain()` names it. Compiling
             takes seconds to minutes. Measured times differ from run to run: name one for bitwise reproducible training.
         keep_history: record residual norms in `solves`.
         groups: settings by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; all but lr must agree.
         maximize: ascend instead of descend.
+        process_group: the ranks that train the model together, as for `KFAC`; "alone": this one. Gradients, products
+            and losses are means over ranks, one all-reduce for each product, so that a step is that of one process on
+            all batches together. If these differ in size, let each loss be (ranks / all samples) times its sum.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -109,6 +114,7 @@ class SGN(MatrixFree):
         keep_history: bool = False,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
+        process_group: Where = "auto",
     ) -> None:
         choose("stop", stop, tuple(RULES))
         choose("negative_curvature", negative_curvature, get_args(NegativeCurvature))
@@ -133,7 +139,7 @@ class SGN(MatrixFree):
             "keep_history": keep_history,
             "maximize": maximize,
         }
-        super().__init__(model, defaults, groups, preconditioner)
+        super().__init__(model, defaults, groups, preconditioner, process_group)
         first = self.param_groups[0]["params"][0]
         self.state[first]["damping"] = torch.as_tensor(damping, dtype=working_dtype(first), device=first.device).clone()
 
@@ -172,11 +178,11 @@ class SGN(MatrixFree):
         """
         start = self._start(closure, GaussNewtonOperator)
         steps = int(self.param_groups[0]["step"]) + 1
-        average = self._averaged(start.gradient, start.params, steps)
+        average = self._averaged(start, steps)
         rho = self.damping
         preconditioner = self._preconditioner(start.closure, _loss_of, start.params, average, number(rho))
         limit = self._shared("cg_first_iter" if steps <= self._shared("cg_first_steps") else "cg_max_iter")
-        result = self._solve(start.operator, average, number(rho), limit, preconditioner)
+        result = self._solve(start.product, average, number(rho), limit, preconditioner)
         self.solves = [Solve.of(result, fell_back=torch.zeros_like(result.end, dtype=torch.bool))]
 
         direction = result.solution
@@ -192,16 +198,16 @@ class SGN(MatrixFree):
                     rho.copy_(trust_region_damping(rho, ratio, self._shared("damping_min")))
             if line_search:
                 trial.backtrack(step, before, float(dot(average, step)), after)
-        return self._end(start.loss)
+        return self._end(start)
 
-    def _averaged(self, gradient: Vectors, params: Sequence[Parameter], steps: int) -> Vectors:
+    def _averaged(self, start: Start[GaussNewtonOperator], steps: int) -> Vectors:
         """The bias-corrected moving average of gradients, this one included; the gradient itself without momentum."""
         beta = self._momentum
         if not beta:
-            return gradient
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(buffers, gradient, 1 - beta)
-        return list(torch._foreach_div(buffers, 1 - beta**steps))
+            return start.gradient
+        buffers = [self.state[p]["momentum_buffer"] for p in start.params]
+        torch._foreach_lerp_(start.weights.kept(buffers), start.weights.own(start.gradient), 1 - beta)
+        return list(torch._foreach_div(start.weights.whole(buffers), 1 - beta**steps))
 
     def _curvature(self) -> str:
         return f"the Gauss-Newton matrix J^T H_L J + {float(self.damping)} I"

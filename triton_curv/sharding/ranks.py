@@ -97,9 +97,14 @@ def _on_mesh(model: nn.Module, wrapper: Wrapper, mesh: DeviceMesh, ddp: Distribu
 
 @dataclass(frozen=True)
 class Channels:
-    """The groups of the plan that this rank is in. `everyone`: all; the others as in `Grid`."""
+    """The groups of the plan that this rank is in. `everyone`: all; the others as in `Grid`.
+
+    `early` has the ranks of `replica`, for what leaves during the backward pass: not every rank sends it that early, so
+    that its place among other collectives would differ.
+    """
 
     everyone: Channel
+    early: Channel
     replica: Channel
     row: Channel
     column: Channel
@@ -117,23 +122,24 @@ def open_channels(found: Found, grid: Grid, sharding: Sharding, device: torch.de
     me = dist.get_rank() if len(found.ranks) > 1 else found.ranks[0]
     place = found.ranks.index(me)
     ledger = Ledger()
-    opened: dict[tuple[int, ...], Channel] = {}
+    opened: dict[tuple[tuple[int, ...], str], Channel] = {}
 
-    def channel(places: Sequence[int]) -> Channel:
+    def channel(places: Sequence[int], purpose: str = "") -> Channel:
         members = tuple(found.ranks[i] for i in places)
-        if members not in opened:
+        if (members, purpose) not in opened:
             group = None
             if len(members) > 1:
                 if list(members) != sorted(members):
                     raise ConfigurationError(f"expected ranks of a group in ascending order, got {members}")
                 group = dist.new_group(list(members), timeout=timeout(device), use_local_synchronization=True)
-            opened[members] = Channel(
+            opened[members, purpose] = Channel(
                 group, len(members), members.index(me), sharding.wire, sharding.collectives, ledger
             )
-        return opened[members]
+        return opened[members, purpose]
 
     return Channels(
         everyone=channel(range(len(found.ranks))),
+        early=channel(grid.replica_group(place), "early" if sharding.overlap else ""),
         replica=channel(grid.replica_group(place)),
         row=channel(grid.row_group(place)),
         column=channel(grid.column_group(place)),

@@ -111,7 +111,7 @@ class StatisticsExchange:
 
     def _send(self, bucket: int) -> None:
         buffer = pack_bucket(self.store, self.buckets_A[bucket], None)
-        self._sent.append(self.channels.replica.reduce_scatter(buffer, self.buckets_A[bucket].splits))
+        self._sent.append(self.channels.early.reduce_scatter(buffer, self.buckets_A[bucket].splits))
 
     # ---- at the fold
 
@@ -143,7 +143,7 @@ class StatisticsExchange:
         of_A = on_wire if self.wire == torch.float16 else None
         for bucket in self.buckets_A[len(self._sent) :]:
             buffer = pack_bucket(store, bucket, of_A)
-            self._sent.append(self.channels.replica.reduce_scatter(buffer, bucket.splits))
+            self._sent.append(self.channels.early.reduce_scatter(buffer, bucket.splits))
         for bucket in self.buckets_G:
             buffer = pack_bucket(store, bucket, weights * on_wire)
             self._sent.append(self.channels.replica.reduce_scatter(buffer, bucket.splits))

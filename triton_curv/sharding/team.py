@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from triton_curv.blocks import FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
+from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
 from triton_curv.errors import ConfigurationError
 from triton_curv.optimizers.exchange import Alone, Exchange
@@ -196,11 +197,11 @@ class Team:
                 targets = [updates[i] for i in layers]
                 torch._foreach_copy_(targets, [p.view_as(t) for p, t in zip(pieces, targets, strict=True)])
 
-    def norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+    def norms(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """All ranks have all updates."""
         return [torch.stack(torch._foreach_norm(each.row_updates)) for each in lists]
 
-    def products(self, lists: Sequence[Lists]) -> list[Tensor]:
+    def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """With "reduce_scatter" each rank knows the gradients of its layers only; the others are zero."""
         local = [torch.dot(each.flat_updates, each.flat_grads) for each in lists]
         if self.averages != "reduce_scatter" or not local:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_curv_autotune.registry import Inputs, Op, power_of_two, register
-from triton_curv_kernels import cg, momentum, neumann, pointer_table, pointer_table_device
+from triton_curv_kernels import cg, cg_kernels, momentum, momentum_kernels, neumann, pointer_table, pointer_table_device
 from triton_curv_kernels.choice import ListProblem
 from triton_curv_kernels.pointer_table import CONFIGS, ListConfig, default_for
 from triton_curv_kernels.pointer_table import prune as prune_lists
@@ -91,7 +91,7 @@ def prune(space: Sequence[ListConfig], problem: ListProblem) -> list[ListConfig]
 
 def _declare(
     name: str,
-    module: ModuleType,
+    modules: Sequence[ModuleType],
     numerics: tuple[str, ...],
     make_inputs: Callable[[ListProblem, torch.device], Inputs],
     launch: Callable[..., Any],
@@ -108,7 +108,7 @@ def _declare(
             default=default_for,
             bucket=bucket,
             numerics=numerics,
-            modules=(module, pointer_table, pointer_table_device),
+            modules=(*modules, pointer_table, pointer_table_device),
             make_inputs=make_inputs,
             launch=_results(launch, changed),
             reference=_results(reference, changed),
@@ -120,7 +120,7 @@ def _declare(
 
 MOMENTUM_UPDATE = _declare(
     "momentum_update_",
-    momentum,
+    (momentum, momentum_kernels),
     momentum.NUMERICS,
     momentum_inputs,
     momentum.launch_momentum_update_,
@@ -129,7 +129,7 @@ MOMENTUM_UPDATE = _declare(
 )
 NEUMANN_UPDATE = _declare(
     "neumann_update_",
-    neumann,
+    (neumann,),
     neumann.NUMERICS,
     neumann_inputs,
     neumann.launch_neumann_update_,
@@ -138,7 +138,7 @@ NEUMANN_UPDATE = _declare(
 )
 CG_UPDATE = _declare(
     "cg_update_",
-    cg,
+    (cg, cg_kernels),
     cg.NUMERICS,
     cg_update_inputs,
     cg.launch_cg_update,
@@ -147,7 +147,7 @@ CG_UPDATE = _declare(
 )
 CG_DOTS = _declare(
     "cg_dots",
-    cg,
+    (cg, cg_kernels),
     cg.NUMERICS,
     cg_dots_inputs,
     cg.launch_cg_dots,
@@ -155,7 +155,7 @@ CG_DOTS = _declare(
 )
 CG_DIRECTION = _declare(
     "cg_direction_",
-    cg,
+    (cg, cg_kernels),
     (),
     cg_direction_inputs,
     cg.launch_cg_direction,

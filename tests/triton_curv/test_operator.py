@@ -1,0 +1,108 @@
+"""Damped inverses applied to all blocks together: what each block gives by itself, in any mixture, and a whole step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import triton_curv as tc
+from triton_curv.blocks import operator as file
+from triton_curv.blocks.operator import Operator, solve, solve_all
+from triton_curv_kernels import apply_damped_inverse
+
+
+def spd(batch: int, n: int) -> Tensor:
+    half = torch.randn(batch, n, n)
+    return half @ half.mT
+
+
+def mixture() -> tuple[list[Operator], list[Tensor]]:
+    """Whole, in groups, a single factor, diagonal blocks, an eigenbasis."""
+    torch.manual_seed(0)
+    operators = [
+        Operator([spd(1, 5)], [spd(1, 7)], None, True),
+        Operator([spd(2, 3)], [spd(2, 4)], None, True),
+        Operator([spd(6, 2)], [], None, True),
+        Operator([spd(1, 3)], [spd(2, 3)], None, False),
+        Operator([spd(1, 4)], [spd(1, 3)], torch.rand(1, 4, 3), True),
+    ]
+    return operators, [torch.randn(s) for s in ((1, 5, 7), (2, 3, 4), (6, 2, 1), (1, 3, 6), (1, 4, 3))]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Apply together as on a GPU; how many blocks each call took."""
+    counts: list[int] = []
+    apply: Callable[..., Any] = apply_damped_inverse
+
+    def counting(updates: list[Tensor], *args: Any) -> Any:
+        counts.append(len(updates))
+        return apply(updates, *args)
+
+    monkeypatch.setattr(file, "use_reference", lambda _: False)
+    monkeypatch.setattr(file, "apply_damped_inverse", counting)
+    return counts
+
+
+@pytest.mark.parametrize("chosen", [range(5), range(3), (3, 4), ()], ids=str)
+def test_all_equal_each(chosen: Any, calls: list[int]) -> None:
+    operators, matrices = ([column[i] for i in chosen] for column in mixture())
+    expected, outs = ([torch.full_like(m, torch.nan) for m in matrices] for _ in "ab")
+    for operator, matrix, out in zip(operators, matrices, expected, strict=True):
+        solve(operator, matrix, out)
+    sums = solve_all(operators, matrices, outs)
+    torch.testing.assert_close(outs, expected)
+    together = [i for i in chosen if i < 3]
+    assert calls == ([len(together)] if together else [])
+    assert (sums is not None) == (bool(together) and len(together) == len(operators))
+    if sums is not None:
+        pairs = list(zip(outs, matrices, strict=True))
+        torch.testing.assert_close(sums.products, torch.stack([(p * d).sum() for p, d in pairs]))
+        torch.testing.assert_close(sums.squares, torch.stack([p.square().sum() for p, _ in pairs]))
+
+
+def test_on_cpu_the_reference_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "apply_damped_inverse", None)
+    operators, matrices = mixture()
+    outs = [torch.empty_like(m) for m in matrices]
+    assert solve_all(operators, matrices, outs) is None
+
+
+def trained(**options: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    optimizer = tc.KFAC(model, lr=0.1, factor_interval=1, inverse_interval=2, weight_decay=1e-2, **options)
+    for _ in range(4):
+        loss = nn.functional.cross_entropy(model(torch.randn(8, 2, 4, 4)), torch.randint(3, (8,)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("update_size", ["rms", "kl_clip", "none"])
+def test_steps_equal_those_of_single_blocks(update_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"update_size": update_size, "damping": 1e-2, "kl_clip": 1e-3}
+    expected = trained(**options)
+    counts: list[int] = []
+    apply: Callable[..., Any] = apply_damped_inverse
+
+    def counting(updates: list[Tensor], *args: Any) -> Any:
+        counts.append(len(updates))
+        return apply(updates, *args)
+
+    monkeypatch.setattr(file, "use_reference", lambda _: False)
+    monkeypatch.setattr(file, "apply_damped_inverse", counting)
+    torch.testing.assert_close(trained(**options), expected, rtol=1e-4, atol=1e-6)
+    assert counts == [3] * 4
+
+
+@pytest.mark.interpreter
+def test_a_step_in_kernels_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics, inverses, application and update all by kernels, from the public API."""
+    expected = trained(update_size="kl_clip", damping=1e-2, kl_clip=1e-3)
+    monkeypatch.setenv("TRITON_CURV_BACKEND", "triton")
+    ours = trained(update_size="kl_clip", damping=1e-2, kl_clip=1e-3)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
