@@ -214,7 +214,7 @@ def test_report_prints_and_is_json() -> None:
 
 def test_named_errors() -> None:
     with pytest.raises(ConfigurationError, match="'plain', 'ddp' or 'fsdp', got 'tpu'"):
-        Wire("tpu")  # type: ignore[arg-type]
+        Wire("tpu")
     with pytest.raises(ConfigurationError, match="at least 1"):
         Wire(statistics=0)
     with pytest.raises(ConfigurationError, match=r"expected a machine of .*'h100'.*, got 'z1'"):

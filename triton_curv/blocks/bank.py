@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
@@ -21,6 +22,7 @@ from triton_curv.inverse import (
     raised,
     stand_in,
 )
+from triton_curv.nvtx import stage
 from triton_curv.packing import diagonal_places, pack, packed_size, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
@@ -451,6 +453,7 @@ class FactorStore:
         members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
         return damping[owner] + relative[owner] * total[owner] / members[owner]
 
+    @stage("inverse", payload=inversion_cost)
     def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:
         """Recompute damped inverses, or eigenbases, from the averages: all of them, or those of some factors."""
         for bank, place in self._pieces(keys):

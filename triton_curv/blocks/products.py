@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from triton_curv.costs import NOTHING, Cost, factor_cost
 from triton_curv.errors import ChangedInputError
+from triton_curv.nvtx import stage
 from triton_curv_kernels import accumulate_factor_, accumulate_factors_
 from triton_curv_kernels.backend import use_reference
 from triton_curv_kernels.factor import supports
@@ -71,8 +73,11 @@ class ProductQueue:
 
     def flush(self) -> None:
         """Add all products to their factors."""
-        if not self._waiting:
-            return
+        if self._waiting:
+            self._add_all()
+
+    @stage("factors", payload=lambda queue: sum((cost_of(p) for p in queue._waiting), NOTHING))
+    def _add_all(self) -> None:
         factors, rows, scales, ones, versions = (list(column) for column in zip(*self._waiting, strict=True))
         self.clear()
         if any(x._version != version for x, version in zip(rows, versions, strict=True)):
@@ -93,6 +98,17 @@ class ProductQueue:
 
 
 _taking: ContextVar[ProductQueue | None] = ContextVar("taking", default=None)
+
+
+def cost_of(product: Product) -> Cost:
+    """Of one product."""
+    rows, factor = product.rows, product.factor
+    return factor_cost(rows.shape[-2], factor.shape[-1], rows[..., 0, 0].numel(), rows.element_size())
+
+
+def waiting() -> bool:
+    """Whether products that are added now wait for others: they cost something later."""
+    return _taking.get() is not None
 
 
 def add_product_(factor: Tensor, rows: Tensor, scale: float = 1.0, ones: bool = False) -> None:

@@ -38,6 +38,7 @@ class Lists(NamedTuple):
     """The blocks of a group that take part in a step, as the lists that multi-tensor operations take."""
 
     operators: list[Operator]
+    leaves: list[Parameter]  # whose `.grad` is taken; `params` are what is stepped: of DTensors this rank's part
     params: list[Tensor]
     grads: list[Tensor]
     updates: list[Tensor]
@@ -100,6 +101,7 @@ class MatrixGroup:
         sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
         return Lists(
             operators=[row.block.operator for row in rows],
+            leaves=[part.param for part in parts],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],
             updates=[part.update for part in parts],

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from triton_curv.errors import ConfigurationError
 from triton_curv.sharding.buckets import Bucket, even_share, even_splits
@@ -28,7 +28,7 @@ class Wire:
 
     """
 
-    parallel: Parallel = "plain"
+    parallel: str = "plain"
     statistics: int = 4
     gradients: int = 4
     loose: int = 0
@@ -36,7 +36,7 @@ class Wire:
     inverse_interval: int = 1
 
     def __post_init__(self) -> None:
-        if self.parallel not in ("plain", "ddp", "fsdp"):
+        if self.parallel not in get_args(Parallel):
             raise ConfigurationError(f"expected parallel to be 'plain', 'ddp' or 'fsdp', got {self.parallel!r}")
         if min(self.statistics, self.gradients, self.factor_interval, self.inverse_interval) < 1 or self.loose < 0:
             raise ConfigurationError(f"expected sizes and intervals of at least 1, got {self}")
