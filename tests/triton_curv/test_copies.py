@@ -79,7 +79,7 @@ def test_copies_train_on_like_the_original(name: str) -> None:
     copies.append(copy.deepcopy(copies[0]))
     for pair in copies:
         assert str(pair[1].state_dict()) == str(optimizer.state_dict())
-        advance(*pair, 3)
+        advance(pair[0], pair[1], pair[2], 3)
     advance(model, optimizer, scheduler, 3)
     for other, its_optimizer, _ in copies:
         assert its_optimizer.param_groups[-1]["params"][0] is other.late.weight
