@@ -438,10 +438,7 @@ class KFAC(Rebuilt):
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them.
-
-        A GradScaler left the step out, or another network's loss was sent back. What `sample_fisher` took stays.
-        """
+        """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them (not sampled ones)."""
         self._curvature.drop()
         super().zero_grad(set_to_none)
 
