@@ -6,6 +6,7 @@ for that long, which is why there is a limit; 0 means that none waits. Nothing w
 since a caller may write to its inputs in between. In a graph of torch.compile each product is a kernel of its own.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -86,10 +87,13 @@ class ProductQueue:
                 "backward pass, got one that was changed in place; triton_curv.blocks.products.LIMIT = 0 takes "
                 "statistics at once"
             )
-        accumulate_factors_(factors, rows, scales[0] if len(set(scales)) == 1 else scales, 1.0, ones)
-        if self._stream is not None and self._stream != (now := torch.cuda.current_stream(self._stream.device)):
-            for x in rows:
-                x.record_stream(now)
+        alphas = scales[0] if len(set(scales)) == 1 else scales
+        if self._stream is None or self._stream == (now := torch.cuda.current_stream(self._stream.device)):
+            accumulate_factors_(factors, rows, alphas, 1.0, ones)
+            return
+        with torch.cuda.stream(self._stream):  # where rows are made, and freed
+            accumulate_factors_(factors, rows, alphas, 1.0, ones)
+        now.wait_stream(self._stream)
 
     def clear(self) -> None:
         """Forget all products."""
@@ -103,7 +107,7 @@ _taking: ContextVar[ProductQueue | None] = ContextVar("taking", default=None)
 def cost_of(product: Product) -> Cost:
     """Of one product."""
     rows, factor = product.rows, product.factor
-    return factor_cost(rows.shape[-2], factor.shape[-1], rows[..., 0, 0].numel(), rows.element_size())
+    return factor_cost(rows.shape[-2], factor.shape[-1], math.prod(rows.shape[:-2]), rows.element_size())
 
 
 def waiting() -> bool:
