@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from tests.support.sharded import Case, batch, packed, share, together, trained
+from triton_curv.sharding.team import Team
 
 WIRES: dict[str, torch.dtype | None] = {
     "own": None,
@@ -34,14 +35,16 @@ def counted(rank: int, world: int) -> Any:
     found: dict[str, Any] = {}
     for gather in ("gradients", "inverses"):
         model, optimizer = together(Case("ddp", sharding={"gather": gather, "collectives": "uneven", "overlap": False}))
-        ledger = optimizer.bytes_sent()
+        exchange = optimizer._exchange
+        assert isinstance(exchange, Team)
+        ledger: dict[str, int] = {}
         for i in range(2):
-            before = dict(ledger)
+            before = ledger
             optimizer.zero_grad()
             x, y = share(batch(i), rank, world)
             functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-            ledger = optimizer.bytes_sent()
+            ledger = dict(exchange.channels.ledger.sent)
             found[f"{gather} {i}"] = {kind: count - before.get(kind, 0) for kind, count in ledger.items()}
         store = optimizer._store
         found["triangles"] = sum(len(bank.sums) * bank.size * (bank.size + 1) // 2 for bank in store.banks)

@@ -72,9 +72,6 @@ class Exchange(Protocol):
     def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
         """The optimizer's state, whole: `factors` says which parameter holds each factor's."""
 
-    def bytes_sent(self) -> dict[str, int]:
-        """Bytes sent from here, by kind of collective."""
-
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Raise RankMismatchError unless all ranks have the same model, options and weights."""
 
@@ -155,10 +152,6 @@ class Alone:
     def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
         """As it is."""
         return dict(state)
-
-    def bytes_sent(self) -> dict[str, int]:
-        """None."""
-        return {}
 
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """There is only one."""

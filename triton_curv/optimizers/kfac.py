@@ -465,10 +465,6 @@ class KFAC(Rebuilt):
         self._curvature.resume()
         self._set_steps(self._steps)
 
-    def bytes_sent(self) -> dict[str, int]:
-        """Bytes this rank has sent so far, by kind of collective, as ring algorithms send them; empty on one rank."""
-        return self._exchange.bytes_sent()
-
     def capture(self, enabled: bool) -> None:
         """Take statistics in the coming backward passes, or take none, until the next `step()` decides again."""
         self._switch.begin_step(enabled)

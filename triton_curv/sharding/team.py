@@ -243,10 +243,6 @@ class Team:
     def _gather_inverses_(self, store: FactorStore, keys: Sequence[FactorKey]) -> None:
         share_inverses_(store, self.plan, self.channels, keys)
 
-    def bytes_sent(self) -> dict[str, int]:
-        """Of all channels; what DDP and FSDP2 send is not among it."""
-        return dict(self.channels.ledger.sent)
-
     # ---- state
 
     def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
