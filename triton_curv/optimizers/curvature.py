@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_curv.blocks import Block, FactorStore, Rule
-from triton_curv.blocks.bank import FactorKey
+from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.centre import Mean, centre_, means_of
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.capture import CaptureSwitch, attach_taps
 from triton_curv.errors import ConfigurationError, NoStatisticsError
@@ -95,7 +96,18 @@ class Curvature:
     def averages_of(self, block: Block) -> dict[str, Tensor]:
         """The block's factors as they are once pending statistics are folded in."""
         how = self.options.normalisation(self.signal_scale)
-        return {name: self.store.peek(key, how) for name, key in block.keys.items()}
+        factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
+        for key, mean in self._means(how, block).items():
+            weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
+            factors[key.name].sub_(mean.outer() * weight[:, None, None])
+        return factors
+
+    def _means(self, how: Normalisation, block: Block | None = None) -> dict[FactorKey, Mean]:
+        """Mean signals to centre G with, of one block or all."""
+        if not self.options.centred:
+            return {}
+        blocks = self.blocks.values() if block is None else [block]
+        return means_of(blocks, self.store, how, self.options.loss_scale)
 
     def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
         """See `KFAC.count`."""
@@ -162,7 +174,10 @@ class Curvature:
             self._check_taps()
         how = self.options.normalisation(self.signal_scale)
         due = None if self.options.adaptive is None else self._due_rows(steps)
+        means = self._means(how)
+        before = store.folds.clone() if means else store.folds
         fold_(store, self._moving, how, due, self._exchange)
+        centre_(store, means, before, how.decay)
         self.sampled = False
         self.draws = 0
         self._ahead = 0.0

@@ -51,6 +51,9 @@ class Exchange(Protocol):
     def norms(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """||P|| of each block, one vector for each parameter group; `sums`: of each group on this rank, if known."""
 
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """Norm of the momentum of each block, one vector for each parameter group."""
+
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """<P, D> over all blocks of each parameter group, ()."""
 
@@ -115,6 +118,10 @@ class Alone:
             torch.stack(torch._foreach_norm(each.row_updates)) if known is None else known.squares.sqrt()
             for each, known in zip(lists, sums, strict=True)
         ]
+
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """Of what is here."""
+        return [torch.stack(torch._foreach_norm(each.row_momenta)) for each in lists]
 
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """Of what is here."""

@@ -11,6 +11,8 @@ from triton_curv.blocks import Block, ConvRule, DenseRule, Rule
 from triton_curv.blocks.operator import Operator
 from triton_curv.errors import NoStatisticsError
 
+REFERENCE_FAN_IN = 64
+
 
 class Part(NamedTuple):
     """One parameter of a block, and the views of the flat buffers that belong to it, in the parameter's shape.
@@ -31,6 +33,7 @@ class Row(NamedTuple):
     block: Block
     grad: Tensor
     update: Tensor
+    momentum: Tensor
     parts: tuple[Part, ...]
 
 
@@ -46,7 +49,9 @@ class Lists(NamedTuple):
     row_updates: list[Tensor]
     flat_grads: Tensor
     flat_updates: Tensor
+    row_momenta: list[Tensor]
     root_sizes: Tensor
+    fan_scales: Tensor
     idle: Tensor  # hyper-parameters of a step that changes nothing: see `momentum_update_`
     row_of_param: list[int]
     block_indices: list[int]
@@ -57,6 +62,16 @@ def fan_out(rule: Rule, name: str) -> int:
     """d_out of a weight that weights rescaling is meant for, 0 for other parameters."""
     groups, rows, _ = rule.matrix_shape
     return groups * rows if isinstance(rule, DenseRule | ConvRule) and name == "weight" else 0
+
+
+def fan_scale(rule: Rule) -> float:
+    """sqrt(64 / columns) of a layer whose inputs have a dense factor A, else 1.
+
+    Steps of that root mean square change the outputs of narrow and wide layers alike, and that of a layer with 64
+    inputs as those of root mean square 1 do.
+    """
+    dense = any(name[0] == "A" and shape.size > 1 for name, shape in rule.factor_shapes.items())
+    return (REFERENCE_FAN_IN / rule.matrix_shape[2]) ** 0.5 if dense else 1.0
 
 
 class MatrixGroup:
@@ -75,7 +90,7 @@ class MatrixGroup:
                 Part(param, grads[name], updates[name], momenta[name], fan_out(block.rule, name))
                 for name, param in block.rule.params.items()
             )
-            self.rows.append(Row(block, matrices[0], matrices[1], parts))
+            self.rows.append(Row(block, matrices[0], matrices[1], matrices[2], parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: tuple[tuple[bool, ...], Lists] | None = None
 
@@ -106,9 +121,13 @@ class MatrixGroup:
             momenta=[part.momentum for part in parts],
             row_grads=[row.grad for row in rows],
             row_updates=[row.update for row in rows],
+            row_momenta=[row.momentum for row in rows],
             flat_grads=self.grads,
             flat_updates=self.updates,
             root_sizes=sizes.sqrt(),
+            fan_scales=torch.tensor(
+                [fan_scale(row.block.rule) for row in rows], dtype=sizes.dtype, device=sizes.device
+            ),
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
             block_indices=[row.block.index for row in rows],

@@ -201,6 +201,10 @@ class Team:
         """All ranks have all updates."""
         return [torch.stack(torch._foreach_norm(each.row_updates)) for each in lists]
 
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """All ranks have all momenta."""
+        return [torch.stack(torch._foreach_norm(each.row_momenta)) for each in lists]
+
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """With "reduce_scatter" each rank knows the gradients of its layers only; the others are zero."""
         local = [torch.dot(each.flat_updates, each.flat_grads) for each in lists]
