@@ -1,6 +1,7 @@
 """A training step of ResNet-50 on ImageNet-shaped synthetic data: SGD, fused AdamW, and K-FAC by stage.
 
-python -m profiles.bench_resnet50 [--batch 256] [--image 224] [--rounds 5] [--no-compile] [--csv FILE]
+python -m profiles.bench_resnet50 [--batch 256] [--image 224] [--rounds 5] [--budget SECONDS] [--no-compile]
+                                  [--csv FILE]
 
 bf16 autocast, channels_last, compiled model. Blocks of one refresh cycle take turns; figures are medians of a block's
 mean step, so K-FAC's is amortised over its refreshes. kfac-pytorch is measured beside it if it is importable. Needs a
@@ -125,11 +126,18 @@ class Training:
         return {name: (t.device if on_device else t.host) / steps for name, t in times.items()}
 
 
-def measure(setup: Setup, rounds: int) -> list[dict[str, object]]:
-    """Rows of milliseconds a step, as a ratio to SGD, and K-FAC's stages."""
+def measure(setup: Setup, rounds: int, budget: float = float("inf")) -> list[dict[str, object]]:
+    """Rows of milliseconds a step, as a ratio to SGD, and K-FAC's stages.
+
+    The first round warms up. No further one begins once `budget` seconds are over, but one that counts.
+    """
+    end = time.monotonic() + budget
     trainings = {name: Training(setup, build) for name, build in optimizers(setup.device).items()}
     blocks: dict[str, list[float]] = {name: [] for name in trainings}
-    for _ in range(rounds + 1):
+    for round_ in range(rounds + 1):
+        if round_ > 1 and time.monotonic() > end:
+            print(f"time is over after {round_ - 1} of {rounds} rounds")
+            break
         for name, training in trainings.items():
             start = time.perf_counter()
             training.run(CYCLE)
@@ -153,6 +161,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "resnet50.csv")
     arguments = parser.parse_args()
@@ -160,7 +169,7 @@ def main() -> int:
         print("bench_resnet50 needs a CUDA device and torch sees none; nothing was measured", file=sys.stderr)
         return 3
     setup = Setup(arguments.batch, arguments.image, torch.device("cuda"), not arguments.no_compile)
-    rows = measure(setup, arguments.rounds)
+    rows = measure(setup, arguments.rounds, arguments.budget)
     for row in rows:
         print(f"{row['optimizer']:8} {row['stage']:18} {row['ms']:10.2f} ms {row['ratio']:8.3f} x SGD's step")
     append_rows(arguments.csv, rows, setup.device)

@@ -1,16 +1,21 @@
-"""Cost of a look-up, and of the first step of a process with an empty and with a filled tuning store.
+"""Cost of a look-up, and of the first compiled step of a process with and without what earlier runs left.
 
-python -m profiles.bench_resolve [--csv FILE] [--entries N]     appends to profiles/results/resolve.csv by default
+python -m profiles.bench_resolve [--csv FILE] [--entries N] [--look-ups]     appends to profiles/results/resolve.csv
 
-`hit`: `resolve` of a problem seen before, by an equal, not identical, problem; CPU time, medians of rounds in turn with
-a bare dict look-up of the same key. `first`: a problem's first look-up in a process that has read the store, and
-`reading`: that of a store of N entries. With a GPU also `first step` of `accumulate_factor_`, from its call to its end,
-in a new process each: Triton's own cache is empty (`cold`) or filled (`warm`), the tuning store is empty or filled.
+`hit`: `resolve` of a problem seen before, by an equal, not identical, problem, for every op; CPU time, medians of
+rounds in turn with a bare dict look-up of the same key. `launcher`: all that `accumulate_factor_` does to get its
+config, beside what it would do without `choose_once`: describe the problem, then ask. `first`: a problem's first
+look-up in a process that has read the store, and `reading`: that of a store of N entries.
+
+`first step`: profiles/first_step.py in a new process, on the GPU if there is one. torch's and Triton's caches are
+empty (`cold`) or filled (`warm`); the tuning store is empty, holds N entries, or has one more than when the caches were
+filled (`changed`): then torch must compile anew.
 """
 
 import argparse
 import csv
 import dataclasses
+import json
 import os
 import statistics
 import subprocess
@@ -19,7 +24,10 @@ import tempfile
 import time
 import timeit
 import warnings
+from collections.abc import Callable
 from datetime import date
+from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +37,16 @@ from triton_curv.training.environment import commit, hardware
 from triton_curv_autotune import Resolver, TuningWarning
 from triton_curv_autotune.entry import Measurement, new_entry, provenance_now
 from triton_curv_autotune.key import environment
-from triton_curv_autotune.registry import get_op
+from triton_curv_autotune.registry import get_op, op_names
 from triton_curv_autotune.store import Store
 from triton_curv_kernels.backend import DeviceLimits, device_limits
-from triton_curv_kernels.factor import FactorProblem
+from triton_curv_kernels.choice import choose, choose_once, set_chooser
+from triton_curv_kernels.factor import FactorProblem, default_config
 
 OP = "accumulate_factor_"
 STAND_IN = DeviceLimits(name="bench_resolve", arch="sm_90")
-ROUNDS, CALLS = 25, 4000
+ROUNDS, CALLS = 25, 1000
 FIELDS = ["date", "commit", "cpu", "gpu", "torch", "figure", "value", "unit"]
-
-FIRST_STEP = """
-import time, torch, triton_curv
-from triton_curv_kernels import accumulate_factor_
-factor, rows = torch.zeros(576, 576, device="cuda"), torch.randn(8192, 576, device="cuda", dtype=torch.bfloat16)
-torch.cuda.synchronize()
-start = time.perf_counter()
-accumulate_factor_(factor, rows)
-torch.cuda.synchronize()
-print(time.perf_counter() - start)
-"""
 
 
 def problem(k: int, limits: DeviceLimits, n: int = 576) -> FactorProblem:
@@ -79,39 +77,75 @@ def look_ups(entries: int) -> dict[str, tuple[float, str]]:
             start = time.process_time()
             resolver.resolve(OP, problem(k, STAND_IN))
             first.append(time.process_time() - start)
-        asked = problem(4096, STAND_IN)
-        bare = {(OP, problem(4096, STAND_IN)): resolver.resolve(OP, problem(4096, STAND_IN))}
-        rounds: list[tuple[float, float]] = []
-        for _ in range(ROUNDS):
-            hit = timeit.timeit(lambda: resolver.resolve(OP, asked), timer=time.process_time, number=CALLS)
-            base = timeit.timeit(lambda: bare[OP, asked], timer=time.process_time, number=CALLS)
-            rounds.append((hit, base))
-    hits, bares = ([pair[side] / CALLS * 1e6 for pair in rounds] for side in (0, 1))
-    return {
-        "hit": (statistics.median(hits), "us"),
-        "hit, fastest round": (min(hits), "us"),
-        "hit / bare dict look-up": (statistics.median(a / b for a, b in zip(hits, bares, strict=True)), "ratio"),
+    figures = {
         "first look-up of a problem": (statistics.median(first) * 1e6, "us"),
         f"reading a store of {entries} entries": (load * 1e3, "ms"),
     }
+    for name in op_names():
+        op = get_op(name)
+        asked, again = (op.on(op.examples[0], dataclasses.replace(STAND_IN)) for _ in range(2))
+        bare = {(name, again): resolver.resolve(name, again)}
+        hit, base = in_turn(partial(resolver.resolve, name, asked), partial(bare.__getitem__, (name, asked)))
+        figures[f"hit, {name}"] = (statistics.median(hit), "us")
+        figures[f"hit, fastest round, {name}"] = (min(hit), "us")
+        figures[f"hit / bare dict look-up, {name}"] = (statistics.median(map(truediv, hit, base)), "ratio")
+    return figures
 
 
-def first_steps() -> dict[str, tuple[float, str]]:
-    """Figures of new processes on a GPU: from nothing to the end of the first step."""
-    figures = {}
-    for tuned in (False, True):
+def in_turn(*calls: Callable[[], Any]) -> list[list[float]]:
+    """CPU time of each call in us, by round; the calls take turns."""
+    rounds = [[timeit.timeit(c, timer=time.process_time, number=CALLS) for c in calls] for _ in range(ROUNDS)]
+    return [[seconds / CALLS * 1e6 for seconds in times] for times in zip(*rounds, strict=True)]
+
+
+def launcher() -> dict[str, tuple[float, str]]:
+    """How `accumulate_factor_` gets its config, with tensors as a training step has them."""
+    rows = torch.empty(4096, 576, dtype=torch.bfloat16)
+
+    def describe() -> FactorProblem:
+        return FactorProblem.of(rows, False)
+
+    def once() -> Any:
+        return choose_once(OP, (rows.shape, rows.stride(), rows.dtype, rows.device, False), describe, default_config)
+
+    resolver = Resolver(shipped=lambda: ())
+    set_chooser(resolver.resolve)
+    every, kept = in_turn(lambda: choose(OP, describe(), default_config), once)
+    set_chooser(None)
+    return {
+        "launcher, described at each call": (statistics.median(every), "us"),
+        "launcher, asked once": (statistics.median(kept), "us"),
+    }
+
+
+def first_steps(entries: int) -> dict[str, tuple[float, str]]:
+    """Figures of new processes: from nothing to the end of the first compiled step."""
+    figures: dict[str, tuple[float, str]] = {}
+    limits = device_limits(torch.device("cuda")) if torch.cuda.is_available() else STAND_IN
+
+    def run(folder: str, name: str) -> None:
+        caches = {
+            "TRITON_CURV_CACHE_DIR": f"{folder}/tuned",
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        }
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "profiles.first_step"]
+        done = subprocess.run(command, env=os.environ | path | caches, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        figures[f"first step, {name}, wall"] = (found["wall"], "s")
+        figures[f"first step, {name}, CPU"] = (found["cpu"], "s")
+        figures[f"first step, {name}, reading the tables"] = (found["reading"] * 1e3, "ms")
+        figures[f"first step, {name}, graphs found"] = (found["hits"], "count")
+
+    for store, count in (("empty store", 0), (f"store of {entries}", entries)):
         with tempfile.TemporaryDirectory() as folder:
-            if tuned:
-                fill(Store(Path(folder, "tuned")), device_limits(torch.device("cuda")), 90)
-            caches = {"TRITON_CURV_CACHE_DIR": f"{folder}/tuned", "TRITON_CACHE_DIR": f"{folder}/triton"}
-            for state in ("cold", "warm"):
-                command = [sys.executable, "-W", "ignore", "-c", FIRST_STEP]
-                path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-                done = subprocess.run(
-                    command, env=os.environ | path | caches, capture_output=True, text=True, check=True
-                )
-                name = f"first step, {'filled' if tuned else 'empty'} tuning store, {state} Triton cache"
-                figures[name] = (float(done.stdout) * 1e3, "ms")
+            fill(Store(Path(folder, "tuned")), limits, count)
+            run(folder, f"{store}, cold")
+            run(folder, f"{store}, warm")
+            if count:
+                fill(Store(Path(folder, "tuned")), limits, count + 1)
+                run(folder, f"{store}, changed")
     return figures
 
 
@@ -119,6 +153,7 @@ def main() -> None:
     """Measure, print, append the rows to a CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=90)
+    parser.add_argument("--look-ups", action="store_true", help="no first steps, which take minutes on a CPU")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "resolve.csv")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", TuningWarning)
@@ -130,7 +165,9 @@ def main() -> None:
         "gpu": gpu,
         "torch": torch.__version__,
     }
-    figures = look_ups(arguments.entries) | (first_steps() if gpu else {})
+    figures = look_ups(arguments.entries) | launcher()
+    if not arguments.look_ups:
+        figures |= first_steps(arguments.entries)
     is_new = not arguments.csv.exists()
     with arguments.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

@@ -1,17 +1,20 @@
 """All that needs a GPU, in one call that ends in time: tests, tuning, kernel and step benchmarks, one summary.
 
-python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]     parts: tests, kernels, tune, resnet50, steps
+python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]
 
-Each part runs in a process of its own, with its share of the time; what a part left undone is said. DIR gets a log and
-the CSV of each part and summary.txt. Exit status: 0 if all is well, 1 if something failed, 3 without a GPU.
+Parts: tests, kernels, tune, resnet50, inverses, steps. Each runs in a process of its own, with its share of the time
+that is left; what a part left undone is said. DIR gets a log and the CSV of each part and summary.txt. Exit status: 0
+if all is well, 1 if something failed, was cut off or skipped, 3 without a GPU.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,28 +38,49 @@ def _python(*arguments: str | Path) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
+def _tests(out: Path, seconds: float) -> list[str]:
+    """All of tests/gpu."""
+    return _python("-m", "pytest", "-q", "-m", "gpu", "tests/gpu")
+
+
+def _kernels(out: Path, seconds: float) -> list[str]:
+    """Every op on its named shapes, each op with its share of the time."""
+    return _python("-m", "profiles.bench_kernels", "--budget", f"{seconds - 20:.0f}", "--csv", out / "kernels.csv")
+
+
+def _tune(out: Path, seconds: float) -> list[str]:
+    """Configurations for the example shapes of all ops."""
+    return _python(
+        *("-m", "triton_curv.cli", "tune", "--budget", f"{seconds - 20:.0f}", "--export", out / "tuned.json")
+    )
+
+
+def _resnet50(out: Path, seconds: float) -> list[str]:
+    """A training step at batch 256, without torch.compile: that alone would take the time."""
+    budget = f"{0.5 * seconds:.0f}"
+    return _python("-m", "profiles.bench_resnet50", "--no-compile", "--budget", budget, "--csv", out / "resnet50.csv")
+
+
+def _inverses(out: Path, seconds: float) -> list[str]:
+    """Accuracy by condition number."""
+    return _python("-m", "profiles.bench_damped_inverse", "--seeds", "1", "--csv", out / "damped_inverse.csv")
+
+
+def _steps(out: Path, seconds: float) -> list[str]:
+    """A training step of every optimizer on a small net."""
+    return _python(
+        *("-m", "profiles.bench_steps", "digits-cnn", "--device", "cuda"),
+        *("--rounds", "5", "--csv", out / "steps.csv"),
+    )
+
+
 PARTS = (
-    Part("tests", 0.25, lambda out, seconds: _python("-m", "pytest", "-q", "-m", "gpu", "tests/gpu")),
-    Part(
-        "kernels",
-        0.5,
-        lambda out, seconds: _python(
-            "-m", "profiles.bench_kernels", "--budget", f"{seconds - 20:.0f}", "--csv", out / "kernels.csv"
-        ),
-    ),
-    Part(
-        "tune",
-        0.5,
-        lambda out, seconds: _python(
-            *("-m", "triton_curv", "tune", "--budget", f"{seconds - 20:.0f}", "--export", out / "tuned.json"),
-        ),
-    ),
-    Part("resnet50", 0.5, lambda out, seconds: _python("-m", "profiles.bench_resnet50", "--csv", out / "resnet50.csv")),
-    Part(
-        "steps",
-        1.0,
-        lambda out, seconds: _python("-m", "profiles.bench_steps", "--device", "cuda", "--csv", out / "steps.csv"),
-    ),
+    Part("tests", 0.25, _tests),
+    Part("kernels", 0.45, _kernels),
+    Part("tune", 0.4, _tune),
+    Part("resnet50", 0.6, _resnet50),
+    Part("inverses", 0.4, _inverses),
+    Part("steps", 1.0, _steps),
 )
 
 
@@ -78,15 +102,25 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
         command = part.command(out, seconds)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
-            state = "ok" if done.returncode == 0 else f"failed (exit {done.returncode})"
+            status = process.wait(seconds)
+            state = "ok" if status == 0 else f"failed (exit {status})"
         except subprocess.TimeoutExpired:
             state = f"cut off after {seconds:.0f} s"
+        finally:
+            _end(process)
     lines = log.read_text(errors="replace").splitlines()
     return Outcome(part.name, state, time.monotonic() - start, tuple(lines[-40:]))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a part, the processes that it started included: they would hold the GPU."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def summary_of(outcomes: list[Outcome], head: str) -> str:
@@ -118,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         if seconds < 30:
             outcomes.append(Outcome(part.name, f"skipped ({left:.0f} s left)", 0.0, ()))
             continue
+        print(f"{part.name}: at most {seconds:.0f} s", flush=True)
         outcomes.append(run_part(part, out, seconds))
         print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
     properties = torch.cuda.get_device_properties(0)

@@ -50,7 +50,7 @@ def main() -> None:
         known = read_table(path.read_bytes())[0].entries if path.exists() else ()
         measured = [entry for entry in known if entry.kind == "measured"]
         rows = merge([analytic_rows(limits), measured])
-        write_table(path, Table(tuple(rows), aliases))
+        write_table(path, Table(tuple(rows), (limits.name, *aliases)))
         print(f"{path.name}: {len(rows)} rows, {len(measured)} measured")
 
 

@@ -1,5 +1,6 @@
 """Damped inverses and eigenbases of many symmetric matrices at once, and what is used when one of them fails."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -76,16 +77,20 @@ def damped_inverse(damped: Tensor, tolerance: float = TOLERANCE) -> Inversion:
     return Inversion(inverses, ok & (residuals < tolerance), residuals)  # a comparison with NaN is False
 
 
-def hyperpower_inverse(
-    matrices: Tensor, shifts: Tensor, previous: Tensor, iterations: int, tolerance: float = TOLERANCE
-) -> Inversion:
-    """(M_i + s_i I)^-1 by products alone, started from the `previous` inverses: `damped_inverse_` of the kernels.
+def hyperpower_inverses(
+    matrices: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    iterations: int,
+    tolerance: float = TOLERANCE,
+) -> list[Inversion]:
+    """(M_i + s_i I)^-1 of each bank by products alone, from the `previous` inverses: `damped_inverse_` of the kernels.
 
     The residual is ||I - (M + sI) X||_F. Warm or cold start is decided on the device, for each matrix.
     """
-    inverses = previous.clone()
-    residuals = damped_inverse_([inverses], [matrices], [shifts], iterations=iterations)
-    return Inversion(inverses, residuals < tolerance, residuals)
+    inverses = [x.clone() for x in previous]
+    residuals = damped_inverse_(inverses, matrices, shifts, iterations=iterations).split([len(x) for x in inverses])
+    return [Inversion(x, r < tolerance, r) for x, r in zip(inverses, residuals, strict=True)]
 
 
 def eigenbasis(matrices: Tensor, tolerance: float = TOLERANCE) -> Decomposition:

@@ -20,6 +20,7 @@ Stage = Literal[
     "step",
     "factor A",
     "factor G",
+    "factors",
     "fold",
     "reduce-scatter",
     "inverse",
@@ -34,6 +35,7 @@ COLORS: dict[Stage, int] = {
     "step": 0x9E9E9E,
     "factor A": 0x1F77B4,
     "factor G": 0x17BECF,
+    "factors": 0x3F51B5,
     "fold": 0x1B5E20,
     "reduce-scatter": 0xFF7F0E,
     "inverse": 0xD62728,
@@ -65,7 +67,7 @@ class Marked(NamedTuple):
     owners: tuple[str, ...]
     name: str
     function: Callable[..., Any]
-    stage: Stage
+    stage: Stage | Callable[..., Stage]
     payload: Payload | None
 
 
@@ -74,11 +76,12 @@ _totals: dict[Stage, Totals] = {}
 _enabled = False
 
 
-def stage(name: Stage, payload: Payload | None = None) -> Callable[[F], F]:
-    """Mark a method, or a function called through its module, as a stage.
+def stage(name: Stage | Callable[..., Stage], payload: Payload | None = None) -> Callable[[F], F]:
+    """Mark a method, or a function that its own module calls, as a stage.
 
-    `payload` takes the arguments of the call and returns its cost, of which the range shows the FLOPs, or the bytes
-    where there are none; or it returns a number to show (of "step": which step it is).
+    It must be the outermost decorator. `name` may be a function of the call's arguments. `payload` takes the arguments
+    and returns the call's cost, of which the range shows the FLOPs, or the bytes where there are none; or it returns a
+    number to show (of "step": which step it is).
     """
 
     def mark(function: F) -> F:
@@ -137,19 +140,20 @@ def _owner_of(marked: Marked) -> Any:
 
 def _with_range(marked: Marked) -> Callable[..., Any]:
     """The function inside a range named like its stage; in a graph that torch.compile traces, the bare function."""
-    function, name, payload = marked.function, marked.stage, marked.payload
+    function, payload, stage_of = marked.function, marked.payload, marked.stage
     domain = nvtx.get_domain(DOMAIN)
-    category = domain.get_category_id(name)
+    category = {name: domain.get_category_id(name) for name in COLORS}
 
     @contextmanager  # apart from `ranged`, into which torch.compile looks: it does not know NVTX's domains
     def in_range(*args: Any, **kwargs: Any) -> Iterator[None]:
+        name = stage_of(*args, **kwargs) if callable(stage_of) else stage_of
         told = payload(*args, **kwargs) if payload is not None else 0
         cost = told if isinstance(told, Cost) else NOTHING
         number = (told.flops or told.bytes) if isinstance(told, Cost) else told
         before = _totals.get(name, Totals(0, NOTHING))
         _totals[name] = Totals(before.calls + 1, before.cost + cost)
         domain.push_range(
-            domain.get_event_attributes(message=name, color=COLORS[name], category=category, payload=number)
+            domain.get_event_attributes(message=name, color=COLORS[name], category=category[name], payload=number)
         )
         try:
             with torch.profiler.record_function(f"{DOMAIN}::{name}"):

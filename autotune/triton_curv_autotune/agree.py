@@ -77,8 +77,6 @@ class _Board:
         """Let the others know of an error that they would not find by themselves."""
         try:
             yield
-        except AgreementError:
-            raise
         except BaseException as error:
             self.store.set(f"{self.prefix}/failed/{self.rank}", f"{type(error).__name__}: {error}")
             raise

@@ -72,7 +72,7 @@ class Resolver:
     def __init__(
         self,
         store: Callable[[], Store] = default_store,
-        shipped: Callable[[], Sequence[Table]] = shipped_tables,
+        shipped: Callable[[], Sequence[Table]] | None = None,
         devices: Callable[[], Sequence[DeviceLimits]] = local_devices,
     ) -> None:
         self._make_store = store
@@ -155,10 +155,14 @@ class Resolver:
             if table is None:
                 table = {}
                 if limits.name:
-                    _add(table, "shipped", shipped_entries(limits, self._make_shipped()))
+                    _add(table, "shipped", self._shipped_entries(limits))
                     _add(table, "store", reversed(list(self._make_store().entries(environment(limits)))))
                 self._tables[limits] = table
             return table
+
+    def _shipped_entries(self, limits: DeviceLimits) -> list[Entry]:
+        tables = shipped_tables(limits.name) if self._make_shipped is None else self._make_shipped()
+        return shipped_entries(limits, tables)
 
     def entries(self, limits: DeviceLimits) -> list[Entry]:
         """Measured entries that are known for a device."""
@@ -182,7 +186,7 @@ class Resolver:
         """Let the table of a device be these measured entries and what is shipped, nothing else."""
         with self._lock:
             table: dict[Any, _Known] = {}
-            _add(table, "shipped", shipped_entries(limits, self._make_shipped()))
+            _add(table, "shipped", self._shipped_entries(limits))
             _add(table, "process", entries)
             self._tables[limits] = table
             self._forget_choices()

@@ -16,6 +16,7 @@ import torch
 
 from triton_curv_autotune.bench import Bench, GpuBench
 from triton_curv_autotune.entry import Entry, Measurement, new_entry, provenance_now
+from triton_curv_autotune.errors import AutotuneError
 from triton_curv_autotune.key import environment
 from triton_curv_autotune.registry import Op, get_op
 from triton_curv_autotune.resolve import Resolver, process
@@ -86,10 +87,13 @@ def tune(
         A job for each distinct bucket, in the order given.
 
     Raises:
+        AutotuneError: torch.compile traces, or a CUDA graph is captured.
         NoDeviceError: there is no GPU, and no `bench` was given.
         OSError: the store can't be written.
 
     """
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        raise AutotuneError("expected a call outside torch.compile and the capture of CUDA graphs: tuning runs kernels")
     jobs = plan(problems, resolver)
     bench = bench or GpuBench(torch.device("cuda"))
     store = store or default_store()

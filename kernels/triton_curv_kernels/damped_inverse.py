@@ -28,7 +28,8 @@ matrix is left alone once ||R||_F is at rounding level or stops falling, or a co
 
 R is added up in fp64 (see `DampedInverseConfig`), which makes X more accurate than Cholesky in fp32. Relative error of
 X against float64, with eigenvalues log-spaced from 1 to 1 / kappa, n = 128, and the steps that reach it; "warm" is the
-inverse before 5 % of F were replaced, which from kappa = 1e5 on is too far away in ||R||_F and starts cold:
+inverse before 5 % of F were replaced, which from kappa = 1e5 on is too far away in ||R||_F and starts cold
+(`python -m profiles.bench_damped_inverse` makes the table anew):
 
     kappa  Cholesky  here   ||R||_F  order 2: cold  warm  order 3: cold  warm
     1e1    3e-7      6e-8   6e-7              6     3              4     2

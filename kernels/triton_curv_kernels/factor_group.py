@@ -172,7 +172,7 @@ def _launch(
 def group_problem(matrices: Sequence[MatrixShape], dtype: torch.dtype, device: torch.device) -> GroupProblem:
     """Describe a launch over `matrices`; their order does not matter."""
     return GroupProblem(
-        shapes=tuple(sorted((m.k, m.n) for m in matrices)),
+        shapes=GroupProblem.count((m.k, m.n) for m in matrices),
         dtype=dtype,
         limits=device_limits(device),
         ones=any(m.ones for m in matrices),

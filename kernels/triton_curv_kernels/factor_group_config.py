@@ -1,6 +1,7 @@
 """Configurations of `accumulate_factors_` in Triton: which there are, which fit a list, which is the default."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,17 +16,23 @@ MOST_PARTS = 64  # of one K: a finishing program adds them one after another
 
 @dataclass(frozen=True)
 class GroupProblem:
-    """What the best configuration depends on: (k, n) of all matrices of one `dtype`, on a device with `limits`.
+    """What the best configuration depends on: the matrices of one `dtype`, on a device with `limits`.
 
-    `ones`: some have a column of ones; `packed`: some factors are packed; `aligned`: all rows allow wide loads.
+    `shapes`: (k, n, how many are so). `ones`: some have a column of ones; `packed`: some factors are packed; `aligned`:
+    all rows allow wide loads.
     """
 
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype
     limits: DeviceLimits = NO_DEVICE
     ones: bool = False
     packed: bool = False
     aligned: bool = True
+
+    @staticmethod
+    def count(shapes: Iterable[tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
+        """`shapes` of matrices (k, n), in whatever order."""
+        return tuple(sorted((k, n, count) for (k, n), count in Counter(shapes).items()))
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def parts_of(k: int, config: GroupConfig) -> tuple[int, int]:
 def prune_group(configs: Sequence[GroupConfig], problem: GroupProblem) -> list[GroupConfig]:
     """The configurations that fit the device and make sense for the list."""
     fp32 = problem.dtype == torch.float32
-    longest = max((k for k, _ in problem.shapes), default=0)
+    longest = max((k for k, *_ in problem.shapes), default=0)
 
     def fits(config: GroupConfig) -> bool:
         operands = 2 * config.BLOCK_N * config.BLOCK_K * problem.dtype.itemsize * config.num_stages
@@ -107,13 +114,13 @@ def default_group_config(problem: GroupProblem) -> GroupConfig:
     def duration(part_k: int) -> float:
         """Rows of large tiles that the busiest multiprocessor multiplies; a partial tile takes 500 rows' time."""
         total = longest = 0.0
-        for k, n in problem.shapes:
+        for k, n, count in problem.shapes:
             block = 128 if prefers_large_tiles(n, fp32) else 64
             tiles = triton.cdiv(n, block)
             parts, rows = parts_of(k, config(part_k))
             one = (rows + 500 * (parts > 1)) * (1.0 if block == 128 else 0.45)
             longest = max(longest, one)
-            total += tiles * (tiles + 1) / 2 * parts * one
+            total += count * tiles * (tiles + 1) / 2 * parts * one
         return total / problem.limits.multiprocessors + longest
 
     return config(min(PARTS_K, key=duration))

@@ -12,8 +12,9 @@ Elements are counted in the memory order of the first list's tensor. A record is
 dense in that order and begin at multiples of 16 bytes: whole blocks of it are read and written as 16-byte vectors.
 
 Tables are made on the host and copied once, from pinned memory and without waiting. The last CACHE_SIZE of them are
-kept, keyed by addresses, shapes, strides, dtypes, device and stream. In a CUDA graph a table is made anew: its copy is
-a node of the graph, whose source is never freed (the table itself lives in the graph's pool).
+kept, keyed by addresses, shapes, strides, dtypes, device and stream. While a CUDA graph is captured, a table that its
+stream knows is taken as it is and never freed; of a new one the copy is a node of the graph, whose source is never
+freed (the table itself lives in the graph's pool).
 
 A trace (torch.compile) has no addresses: there the launchers fall back to one launch a tensor, inlined in the graph.
 """
@@ -171,7 +172,7 @@ class PointerTable:
 
 _cache: OrderedDict[tuple[Any, ...], PointerTable] = OrderedDict()
 _lock = Lock()
-_sources_of_graphs: list[Tensor] = []
+_of_graphs: list[Tensor | PointerTable] = []  # kept as long as the process lives
 
 
 def pointer_table(
@@ -193,24 +194,30 @@ def pointer_table(
 
     """
     device = lists[0][0].device if lists and lists[0] else torch.device("cpu")
-    on_cuda = device.type == "cuda"
+    on_cuda = _is_cuda(device)
     tensors = [(t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in chain(*lists)]
-    if on_cuda and torch.cuda.is_current_stream_capturing():
-        check()
-        return _build(lists, block, words, device, capturing=True)
+    capturing = on_cuda and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
     key = (len(lists), block, stream, *tensors, *chain(*(words or ())))
     with _lock:
         if (table := _cache.get(key)) is not None:
             _cache.move_to_end(key)
+            if capturing:
+                _of_graphs.append(table)
             return table
     check()
-    table = _build(lists, block, words, device)
+    table = _build(lists, block, words, device, capturing)
+    if capturing:
+        return table
     with _lock:
         _cache[key] = table
         while len(_cache) > CACHE_SIZE:
             _cache.popitem(last=False)
     return table
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _build(
@@ -244,7 +251,7 @@ def _build(
             before.repeat_interleave(repeats, output_size=total), torch.arange(total, device="cpu"), out=host[size:]
         )
     if capturing:
-        _sources_of_graphs.append(host)
+        _of_graphs.append(host)
     there = host.to(device, non_blocking=True)
     return PointerTable(
         there[: len(records) * width].view(-1, width), there[size:], tuple(_common_dtype(tensors) for tensors in lists)

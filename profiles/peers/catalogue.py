@@ -1,7 +1,7 @@
 """The peers: package, how each is built for a task, and what a user has to do to train with it.
 
-Settings are each library's defaults or its paper's; the number of steps between roots, inverses or eigenbases is 10, and
-weights do not decay. Parameters that a peer does not take go to Adam at the same rate.
+Settings are each library's defaults or its paper's; there are 10 steps between roots, inverses or eigenbases, and weights
+do not decay. Parameters that a peer does not take go to Adam at the same rate.
 """
 
 from collections.abc import Callable, Mapping
@@ -154,7 +154,7 @@ class _ASDL:
 
     def __init__(self, model: nn.Module, lr: float, task: Scenario) -> None:
         nothing = lambda *args, **kwargs: None  # noqa: E731
-        torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+        torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
         import asdl
 
         if task.penalty is not None or task.loss not in (nn.functional.cross_entropy, nn.functional.mse_loss):
@@ -255,7 +255,7 @@ CENTRES: Mapping[tuple[str, str], float] = {
 
 
 def centre(peer: str, task: Scenario) -> float:
-    """Centre of a peer's grid: the scenario's own, a hand-set one, a share of SGD's for K-FAC before SGD, or AdamW's."""
+    """Centre of a peer's grid: the scenario's own, a hand-set one, a multiple of SGD's, or AdamW's."""
     if peer in task.learning_rates:
         return task.learning_rates[peer]
     of_sgd = {"lbfgs": 10.0, "singd": 0.1, "asdl-kfac": 0.1, "curvlinops-kfac": 0.1, "kfac-pytorch": 0.1, "kron": 0.1}

@@ -1,13 +1,17 @@
 """gpu_check's parts, time limits and summary, with commands that need no GPU."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from profiles import gpu_check
+from profiles import bench_damped_inverse, bench_kernels, bench_resnet50, bench_steps, gpu_check
 from profiles.gpu_check import Part, main, run_part
+from triton_curv.cli import tuning
+from triton_curv.cli.app import app
 
 
 def part(code: str, name: str = "p", share: float = 1.0) -> Part:
@@ -67,3 +71,59 @@ def test_a_part_without_time_is_named_as_skipped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_check, "PARTS", (part("print(1)", "tests"),))
     assert main(["--out", str(tmp_path), "--budget", "20"]) == 1
     assert "tests      skipped" in (tmp_path / "summary.txt").read_text()
+
+
+def arguments_of(part: Part, out: Path) -> list[str]:
+    """What comes behind `python -m MODULE`."""
+    _, dash, _, *arguments = part.command(out, 100.0)
+    assert dash == "-m"
+    return arguments
+
+
+@pytest.mark.parametrize("name", [part.name for part in gpu_check.PARTS])
+def test_every_part_runs_a_command_with_arguments_that_it_knows(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the work of each command taken out: on a GPU, a wrong argument would cost the part."""
+    part = next(part for part in gpu_check.PARTS if part.name == name)
+    module = part.command(tmp_path, 100.0)[2]
+    is_package = module == "triton_curv.cli"
+    assert find_spec(f"{module}.__main__" if is_package else module) is not None
+    monkeypatch.setattr("sys.argv", [module, *arguments_of(part, tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    called: list[object] = []
+
+    def work(*arguments: object, **_: object) -> list[object]:
+        called.append(arguments)
+        return []
+
+    if name == "tests":
+        assert arguments_of(part, tmp_path)[-1] == "tests/gpu"
+        return
+    if name == "kernels":
+        monkeypatch.setattr(bench_kernels, "run", lambda *arguments: (work(*arguments), []))
+        assert bench_kernels.main() == 0
+    elif name == "tune":
+        monkeypatch.setattr(tuning, "run_tune", lambda options: len(work(options)))
+        assert CliRunner().invoke(app, arguments_of(part, tmp_path)).exit_code == 0
+    elif name == "resnet50":
+        monkeypatch.setattr(bench_resnet50, "measure", work)
+        assert bench_resnet50.main() == 0
+    elif name == "inverses":
+        monkeypatch.setattr(bench_damped_inverse, "rows", work)
+        bench_damped_inverse.main()
+    else:
+        times = {"sgd": (1.0, 1.0), "adamw": (1.0, 1.0)}
+        monkeypatch.setattr(bench_steps, "measure", lambda *arguments: [times, work(*arguments)][0])
+        bench_steps.main()
+    assert len(called) == 1
+
+
+def test_a_part_takes_the_processes_that_it_started_with_it(tmp_path: Path) -> None:
+    child = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)"
+    outcome = run_part(part(code + "; import time; time.sleep(60)"), tmp_path, 3)
+    assert outcome.state == "cut off after 3 s"
+    status = Path(f"/proc/{outcome.tail[0]}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"

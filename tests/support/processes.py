@@ -4,9 +4,9 @@ import multiprocessing
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
-from typing import Any
+from typing import Any, cast
 
 PRELOADED = [
     "tests.support.processes",
@@ -41,7 +41,7 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: f
     deadline = time.monotonic() + timeout_s
     try:
         while waiting and (ready := wait(list(waiting), deadline - time.monotonic())):
-            for pipe in ready:
+            for pipe in cast("list[Connection]", ready):
                 rank = waiting.pop(pipe)
                 answers[rank] = pipe.recv()
                 if isinstance(answers[rank], str):  # an error: the others may wait for it in vain

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,8 +75,21 @@ def together(case: Case) -> tuple[nn.Module, tc.KFAC]:
     model: nn.Module = case.net()
     if case.wrapper == "ddp":
         model = DistributedDataParallel(model)
+    elif case.wrapper in ("fsdp", "hsdp"):
+        shards(model, case.wrapper)
     options = {**SETTINGS, **case.options}
     return model, tc.KFAC(model, **options, sharding=tc.Sharding(**case.sharding))
+
+
+def shards(model: nn.Module, wrapper: str) -> None:
+    """fully_shard of some layers and the rest, over all ranks or, "hsdp", over halves of them."""
+    world = dist.get_world_size()
+    sizes = (world,) if wrapper == "fsdp" else (2, world // 2)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
+    layers = [layer for layer in model.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for layer in layers[1:]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def step(model: nn.Module, optimizer: tc.KFAC, data: Batch) -> None:

@@ -52,10 +52,11 @@ def conv_problem(
 
 def small_problem(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """One that the interpreter runs quickly, on no device, with unaligned rows and borders where the op has any."""
+    pair = PatchGeometry.of((2, 3), (1, 2), (1, 1), (0, 0, 1, 1), (1, 1))  # two pixels that lie side by side
     problems: dict[str, Any] = {
         FACTOR: FactorProblem(1, 1030, 40, dtype, ones=True, aligned=False),
-        FACTORS: GroupProblem(((40, 20), (1100, 72)), dtype, ones=True, packed=True, aligned=False),
-        PATCH: conv_problem(1, 16, 3, dtype, ones=True),
+        FACTORS: GroupProblem(((40, 20, 1), (1100, 72, 2)), dtype, ones=True, packed=True, aligned=False),
+        PATCH: PatchProblem(2, 16, 1, pair, dtype, ones=True),
         "damped_inverse_": DampedInverseProblem(40, batch=2),
         "apply_damped_inverse": ApplyProblem(3000, dtype, side=40, aligned=False),
         "pack_symmetric": SymmetricProblem(40, 2000, dtype, torch.float32),
@@ -73,7 +74,7 @@ def varied_problems(name: str, limits: DeviceLimits = FAKE) -> Iterator[Any]:
         if name == FACTOR:
             yield FactorProblem(3, k, size, torch.float32, True, aligned, limits)
         elif name == FACTORS:
-            yield GroupProblem(((k, size), (4096, 64)), torch.float32, limits, aligned=aligned)
+            yield GroupProblem(((k, size, 3), (4096, 64, 1)), torch.float32, limits, aligned=aligned)
         elif name == PATCH:
             yield conv_problem(k // 50 + 1, size, dtype=torch.float32, limits=limits)
         elif name == "damped_inverse_":

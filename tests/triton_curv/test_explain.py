@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from profiles.bench_memory import held_by
 from triton_curv import KFAC, ConfigurationError
 from triton_curv.blocks.cost import rows_of_call
 from triton_curv.cli import main
@@ -102,6 +103,14 @@ def rows_seen(optimizer: KFAC, name: str) -> float:
     return float(optimizer.blocks[name].counts[0])
 
 
+def test_all_memory_is_what_building_the_optimizer_brings_to_life() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(64, 100), nn.PReLU(), nn.Linear(100, 40))
+
+    told = explain(without_data(net()), "net", (2, 3, 4, 4))
+    assert sum(told.memory().values()) == pytest.approx(held_by(KFAC, without_data(net())), rel=0.02)
+
+
 def test_a_whole_norm_fisher_is_exact_and_unreached_layers_are_named() -> None:
     class Spare(nn.Module):
         def __init__(self) -> None:
@@ -144,6 +153,22 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     assert told["input_shape"] == [16, 1, 8, 8]
     assert [row["layer"] for row in told["rows"]] == ["0", "1", "3", "4", "6", "7", "10"]
     assert told["rows"][0]["statistics"]["flops"] == 2 * 16 * 64 * (45 + 136)
+
+
+def test_the_command_shows_what_ranks_share(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["explain", "digits-cnn", "--world-size", "4", "--machine", "h100", "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("4 ranks", "balance", "x SGD's", "fullest rank", "predicted", "H100"))
+    assert "x SGD" in page.read_text(encoding="utf-8")
+    command = ["explain", "digits-cnn", "--world-size", "8", "--shard-size", "4", "--parallel", "fsdp", "--json"]
+    assert main(command) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert ranks["grid"] == {"replicas": 2, "rows": 1, "columns": 4}
+    assert len(ranks["bytes_per_step"]) == 4
+    assert {"gradients of replicas", "gradients to workers"} <= {transfer["stage"] for transfer in ranks["sent"]}
+    assert main(["explain", "digits-cnn", "--world-size", "6", "--shard-size", "4"]) == 2
+    assert "divide the world of 6 ranks, got 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

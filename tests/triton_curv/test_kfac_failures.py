@@ -120,6 +120,7 @@ INVERSES: list[InverseName] = ["cholesky", "eigen", "neumann"]
 READERS = (
     "triton_curv.inverse",
     "triton_curv.blocks.bank",
+    "triton_curv.blocks.inversion",
     "triton_curv.optimizers.apply",
     "triton_curv.optimizers.kfac",
 )
@@ -138,14 +139,16 @@ def inject(how: str, model: nn.Sequential, optimizer: tc.KFAC, monkeypatch: pyte
         for name in ("cholesky_ex", "eigh"):
             monkeypatch.setattr(torch.linalg, name, throwing)
         monkeypatch.setattr(
-            "triton_curv.inverse.damped_inverse_", lambda x, f, s, **_: torch.full_like(s[0], torch.nan)
+            "triton_curv.inverse.damped_inverse_", lambda x, f, s, **_: torch.full_like(torch.cat(s), torch.nan)
         )
     elif how == "residual":
         wrong = torch.cholesky_inverse
         monkeypatch.setattr(torch, "cholesky_inverse", lambda f: 2 * wrong(f))
         vectors = torch.linalg.eigh
         monkeypatch.setattr(torch.linalg, "eigh", lambda m: (vectors(m)[0] * 3 + 1, vectors(m)[1]))
-        monkeypatch.setattr("triton_curv.inverse.damped_inverse_", lambda x, f, s, **_: torch.full_like(s[0], 0.5))
+        monkeypatch.setattr(
+            "triton_curv.inverse.damped_inverse_", lambda x, f, s, **_: torch.full_like(torch.cat(s), 0.5)
+        )
 
 
 @pytest.mark.parametrize("device_blind", [False, True], ids=["host-knows", "host-blind"])

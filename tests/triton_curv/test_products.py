@@ -1,5 +1,7 @@
 """Factor products of several layers in one call: the same sums as one by one, and nothing that waits too long."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -136,6 +138,45 @@ def test_a_failed_backward_pass_leaves_nothing_behind(calls: list[int]) -> None:
     optimizer._store.forget()
     model(torch.randn(8, 4, 7)).square().mean().backward()
     assert calls == [2, 5]
+
+
+def test_products_run_on_the_stream_that_made_their_rows(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a backward pass comes on the caller's stream, which then waits; another stream's rows come apart."""
+    happened: list[object] = []
+
+    class Stream:
+        device = "cuda"
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            happened.append(f"{self.name} waits for {other.name}")
+
+    def run(*_: object) -> None:
+        happened.append(f"products on {streams[-1].name}")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    streams = [Stream("main")]
+    monkeypatch.setattr(products, "accumulate_factors_", run)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    queue = products.ProductQueue()
+    side = Stream("side")
+    queue._stream = side  # type: ignore[assignment]  # a fake
+    factor, rows = torch.zeros(2, 2), torch.ones(3, 2)
+    queue._waiting.append(products.Product(factor, rows, 1.0, False, rows._version))
+    queue.flush()
+    assert happened == ["products on side", "main waits for side"]
+    with on(side):
+        queue._waiting.append(products.Product(factor, rows, 1.0, False, rows._version))
+        queue.flush()
+    assert happened[2:] == ["products on side"]
 
 
 def test_outside_of_a_backward_pass_nothing_waits(calls: list[int]) -> None:

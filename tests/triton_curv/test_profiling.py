@@ -143,7 +143,7 @@ def test_costs_are_those_of_the_formulas() -> None:
 
 def test_the_command_profiles_a_scenario(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "profile"
-    assert main(["profile", "reg-bos", "--steps", "3", "--out", str(out)]) == 0
+    assert main(["profile", "reg-bos", "--steps", "20", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "roofs of this machine" in printed
     assert "nsys profile --trace=cuda,nvtx" in printed
@@ -151,7 +151,7 @@ def test_the_command_profiles_a_scenario(tmp_path: Path, capsys: pytest.CaptureF
     with (out / "stages.csv").open() as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}
     assert {"backward", "step", "inverse", "apply", "update"} <= rows.keys()
-    assert rows["step"]["calls"] == "3"
+    assert rows["step"]["calls"] == "20"
     assert float(rows["inverse"]["flops"]) > 0
 
 

@@ -58,6 +58,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeBench:
     """A machine with one FAKE GPU, on which FAST takes half the default's time."""
     bench = FakeBench(lambda config: 0.5 if config == FAST else 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "device_limits", lambda device: FAKE)
     monkeypatch.setattr(tables, "local_devices", lambda: [FAKE])
     monkeypatch.setattr(tune_file, "GpuBench", lambda device: bench)
@@ -101,6 +102,7 @@ def test_verify_finds_a_lost_margin_and_a_wrong_result(
     gpu.ms = lambda config: 1.0
     lost = run(capsys, "verify")
     assert (lost.code, lost.measured, lost.bad) == (1, 1, 1)
+    assert [(row["op"], row["reason"], row["gain"]) for row in lost.lost] == [(MOMENTUM, "", 1.0)]
     gpu.wrong = lambda config: "result 0 is off"
     assert main(["tune", "verify"]) == 1
     assert "result 0 is off" in capsys.readouterr().out
@@ -113,6 +115,8 @@ def test_ctrl_c_keeps_what_is_finished(gpu: FakeBench, store: Store, capsys: pyt
     shown = capsys.readouterr()
     assert MOMENTUM in shown.out
     assert shown.err == "triton-curv: interrupted\n"
+    left = len(get_op(MOMENTUM).candidates(PROBLEM)) - 1
+    assert f"1 entries, {left} candidates not measured yet" in shown.out  # those of the other op
     assert len(list(store.entries(environment(FAKE)))) == 1
 
 

@@ -73,7 +73,7 @@ def test_configs_of_one_numerics_class_agree_bit_for_bit(name: str) -> None:
     if name == FACTOR:
         problem = dataclasses.replace(problem, n=100)  # for tiles of 64 and 128: smaller ones are of another class
     elif name == FACTORS:
-        problem = dataclasses.replace(problem, shapes=((40, 20), (2200, 136)))
+        problem = dataclasses.replace(problem, shapes=((40, 20, 1), (2200, 136, 1)))
     pinned = op.pinned(problem)
     same = [c for c in candidates(op, problem) if op.same_numerics(c, pinned)]
     tiles = list({getattr(c, "BLOCK_N", None) or c.BLOCK: c for c in same}.values())

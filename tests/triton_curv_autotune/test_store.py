@@ -9,17 +9,22 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.processes import light_processes
 from tests.support.store_race import SHARED, own_problem, published, race
 from tests.support.tuning import (
     FACTOR,
+    FACTORS,
     FAKE,
     MOMENTUM,
+    PATCH,
+    conv_problem,
     entry_for,
     factor_problem,
     list_problem,
@@ -31,23 +36,27 @@ from triton_curv_autotune.entry import from_json
 from triton_curv_autotune.key import digest, environment, file_of
 from triton_curv_autotune.registry import get_op
 from triton_curv_autotune.store import Store, default_store
+from triton_curv_kernels.factor_group_config import GroupProblem
 
 PROBLEM = factor_problem()
+LIST = GroupProblem(((1024, 64, 2), (4096, 576, 1)), torch.bfloat16, FAKE, ones=True)
+STORED: list[tuple[str, Any]] = [(FACTOR, PROBLEM), (FACTORS, LIST), (PATCH, conv_problem(limits=FAKE))]
 
 
-def entry() -> Any:
-    return entry_for(FACTOR, PROBLEM, other_config(FACTOR, PROBLEM))
+@lru_cache
+def entry(name: str = FACTOR, problem: Any = PROBLEM) -> Any:
+    return entry_for(name, problem, other_config(name, problem))
 
 
-def file_in(root: Path) -> Path:
-    return root / file_of(entry().key)
+def file_in(root: Path, name: str = FACTOR, problem: Any = PROBLEM) -> Path:
+    return root / file_of(entry(name, problem).key)
 
 
-def source(root: Path) -> str:
+def source(root: Path, name: str = FACTOR, problem: Any = PROBLEM) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TuningWarning)
-        choice = resolver_on(root).explain_choice(FACTOR, PROBLEM)
-    assert get_op(FACTOR).supports(choice.config, PROBLEM)
+        choice = resolver_on(root).explain_choice(name, problem)
+    assert get_op(name).supports(choice.config, problem)
     return choice.source
 
 
@@ -181,7 +190,9 @@ def no_regular_file(path: Path, rng: random.Random) -> None:
 def unreadable(path: Path, rng: random.Random) -> None:
     """As another owner's umask leaves it; root reads it all the same, so its content is damaged as well."""
     bit_flipped(path, rng)
-    path.chmod(0o000)
+    path.chmod(rng.choice([0o000, 0o200, 0o077]))
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
 
 
 def foreign(path: Path, rng: random.Random) -> None:
@@ -201,15 +212,16 @@ def test_500_damaged_files_are_misses(tmp_path: Path) -> None:
     rng = random.Random(0)
     used: dict[str, int] = {}
     for index, damage in enumerate(rng.choices(DAMAGES, WEIGHTS, k=510)):
-        root = tmp_path / str(index)
-        Store(root).write(entry())
-        damage(file_in(root), rng)
-        if source(root) != "default":
+        root, stored = tmp_path / str(index), STORED[index % len(STORED)]
+        path = file_in(root, *stored)
+        Store(root).write(entry(*stored))
+        damage(path, rng)
+        if source(root, *stored) != "default":
             used[damage.__name__] = used.get(damage.__name__, 0) + 1
             continue
-        assert file_in(root).with_name(file_in(root).name + ".bad") in list(file_in(root).parent.iterdir()), damage
-        Store(root).write(entry())
-        assert source(root) == "store"
+        assert path.with_name(path.name + ".bad") in list(path.parent.iterdir()), damage
+        Store(root).write(entry(*stored))
+        assert source(root, *stored) == "store"
     # another time, reason or day may be as good as the one that was there
     assert set(used) <= {"changed_value"}, used
     assert used.get("changed_value", 0) < 30

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.tuning import FACTOR, FAKE, MOMENTUM, FakeBench, factor_problem, list_problem, resolver_on
-from triton_curv_autotune import NoDeviceError
+from triton_curv_autotune import AutotuneError, NoDeviceError
 from triton_curv_autotune.bench import GpuBench
 from triton_curv_autotune.entry import Entry
 from triton_curv_autotune.key import environment
@@ -171,6 +171,15 @@ def test_without_a_gpu_nothing_can_be_measured(tmp_path: Path, no_gpu: None) -> 
         GpuBench(torch.device("cuda"))
     with pytest.raises(NoDeviceError):
         tune([(MOMENTUM, PROBLEM)], resolver=resolver_on(tmp_path))
+
+
+def test_nothing_is_tuned_while_torch_traces_or_captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for busy in ((torch.compiler, "is_compiling"), (torch.cuda, "is_current_stream_capturing")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(*busy, lambda: True)
+            with pytest.raises(AutotuneError, match=r"outside torch\.compile and the capture of CUDA graphs"):
+                run(tmp_path, FakeBench(lambda config: 1.0))
 
 
 @pytest.fixture

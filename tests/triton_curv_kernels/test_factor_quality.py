@@ -83,7 +83,9 @@ def grouped(arch: Arch, dtype: torch.dtype, packed: Callable[[int], bool], longe
     rows = [empty(min(k, longest), n, dtype=dtype) for k, n, _ in LAYERS]
     sizes = [n + ones for _, n, ones in LAYERS]
     factors = [empty(packed_length(n)) if packed(place) else empty(n, n) for place, n in enumerate(sizes)]
-    config = default_group_config(GroupProblem(tuple((x.shape[0], x.shape[1]) for x in rows), dtype, limits(arch)))
+    config = default_group_config(
+        GroupProblem(GroupProblem.count((x.shape[0], x.shape[1]) for x in rows), dtype, limits(arch))
+    )
     ones = [one for _, _, one in LAYERS]
     alphas, betas, traces = (empty(len(rows)) for _ in range(3))
     return dry_launches(

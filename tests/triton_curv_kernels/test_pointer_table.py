@@ -13,7 +13,6 @@ from torch import Tensor
 from tests.support.offline import MACHINES, Arch, dry_launches, report
 from triton_curv_kernels import pointer_table as file
 from triton_curv_kernels.backend import DeviceLimits, UnsupportedInputError
-from triton_curv_kernels.cg import cg_direction_
 from triton_curv_kernels.momentum import launch_momentum_update_
 from triton_curv_kernels.neumann import launch_neumann_update_
 from triton_curv_kernels.pointer_table import (
@@ -135,6 +134,27 @@ def test_a_table_is_made_once_and_again_when_something_changes() -> None:
     assert is_new([[a.as_strided((4, 6), (1, 4))], [b.as_strided((4, 6), (1, 4))]])
     assert is_new([[a.view(torch.bfloat16)[:, :6]], [b]])
     assert is_new([[a, b]])
+
+
+def test_a_graph_keeps_the_tables_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While capturing, a known table is used and kept for good; a new one is not handed to calls outside the graph."""
+
+    class Stream:
+        cuda_stream = 7
+
+    known, new = [[torch.ones(3)]], [[torch.ones(4)]]
+    monkeypatch.setattr(file, "_is_cuda", lambda _: True)
+    monkeypatch.setattr(file, "_of_graphs", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    table = pointer_table(known, 8, no_check)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert pointer_table(known, 8, no_check) is table
+    assert any(kept is table for kept in file._of_graphs)
+    inside = pointer_table(new, 8, no_check)
+    assert len(file._of_graphs) == 2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert pointer_table(new, 8, no_check) is not inside
 
 
 def test_the_check_runs_before_a_new_table_only() -> None:
@@ -276,37 +296,3 @@ def test_one_launch_for_mixed_lists(arch: Arch) -> None:
         "_update_kernel",
         "_finish_kernel",
     ]
-
-
-# on a GPU
-
-
-@pytest.mark.gpu
-def test_tables_in_a_cuda_graph_follow_its_replays() -> None:
-    """A table made while capturing is copied at each replay; others may be made and forgotten in between."""
-    a, b = (torch.ones(3000, device="cuda") for _ in "ab")
-    beta = torch.tensor(2.0, device="cuda")
-    cg_direction_([a], [b], beta)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fresh = a * 1.0  # an address that no table knows
-        cg_direction_([a, fresh], [b, b], beta)
-    file._cache.clear()
-    expected = a.clone()
-    for _ in range(3):
-        graph.replay()
-        expected_fresh = 2 * expected + 1
-        expected = 2 * expected + 1
-        _ = [torch.randn(4096, device="cuda") for _ in range(8)]
-        torch.cuda.synchronize()
-        assert torch.equal(a, expected)
-        assert torch.equal(fresh, expected_fresh)
-
-
-@pytest.mark.gpu
-def test_another_stream_gets_its_own_table() -> None:
-    a = torch.ones(10, device="cuda")
-    table = pointer_table([[a]], 512, no_check)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert pointer_table([[a]], 512, no_check) is not table

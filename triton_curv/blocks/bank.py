@@ -7,20 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from triton_curv.blocks.inversion import invert_
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
-from triton_curv.inverse import (
-    InverseName,
-    damp_,
-    damped_inverse,
-    eigenbasis,
-    hyperpower_inverse,
-    raised,
-    stand_in,
-)
+from triton_curv.inverse import InverseName
+from triton_curv.nvtx import stage
 from triton_curv.packing import diagonal_places, pack, packed_size, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
@@ -451,55 +446,7 @@ class FactorStore:
         members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
         return damping[owner] + relative[owner] * total[owner] / members[owner]
 
+    @stage("inverse", payload=inversion_cost)
     def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:
         """Recompute damped inverses, or eigenbases, from the averages: all of them, or those of some factors."""
-        for bank, place in self._pieces(keys):
-            rows = slice(bank.rows.start + place.start, bank.rows.start + place.stop)
-            self._decompose_(bank, place, rows) if bank.spectra is not None else self._invert_(bank, place, rows)
-
-    def _invert_(self, bank: Bank, place: slice, rows: slice) -> None:
-        """Damped inverses of a part of a bank, and the ladder for those that fail."""
-        shifts = raised(self.shifts[rows], self.failures[rows])
-        matrices = unpack(bank.averages[place], bank.size)
-        current = bank.inverses[place]
-        if self.inverse == "neumann" and bank.size > 2:
-            result = hyperpower_inverse(matrices, shifts, current, self.iterations)
-        else:
-            result = damped_inverse(damp_(matrices, shifts))
-        inverses = result.inverses
-        if not self._note(rows, result.ok, result.residuals):
-            if self.inverse == "neumann" and bank.size > 2:
-                damp_(matrices, shifts)
-            instead, rungs = stand_in(matrices, current, self.failures[rows])
-            inverses = torch.where(result.ok[:, None, None], inverses, instead)
-            self.rungs[rows] = torch.where(result.ok, 0, rungs)
-        current.copy_(inverses)
-
-    def _decompose_(self, bank: Bank, place: slice, rows: slice) -> None:
-        """Eigenbases of a part of a bank; where that fails the last ones, then the diagonal's, then the identity's."""
-        assert bank.spectra is not None
-        matrices = unpack(bank.averages[place], bank.size)
-        result = eigenbasis(matrices)
-        bases, spectra = result.bases, result.spectra
-        old_bases, old_spectra = bank.inverses[place], bank.spectra[place]
-        if not self._note(rows, result.ok, result.residuals):
-            identity = torch.eye(bank.size, dtype=bases.dtype, device=bases.device).expand_as(bases)
-            diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-            usable = ((diagonal >= 0) & diagonal.isfinite()).all(-1)
-            previous = self.failures[rows] <= 3
-            rungs = torch.where(previous, 1, torch.where(usable, 2, 3))
-            of_diagonal = torch.where(usable[:, None], diagonal, 1.0)
-            ok = result.ok[:, None]
-            bases = torch.where(ok[..., None], bases, torch.where(previous[:, None, None], old_bases, identity))
-            spectra = torch.where(ok, spectra, torch.where(previous[:, None], old_spectra, of_diagonal))
-            self.rungs[rows] = torch.where(result.ok, 0, rungs)
-        old_bases.copy_(bases)
-        old_spectra.copy_(spectra)
-
-    def _note(self, rows: slice, ok: Tensor, residuals: Tensor) -> bool:
-        """Count failures; True if it is known on the host that there is none."""
-        self.residuals[rows] = residuals
-        self.failures[rows] = torch.where(ok, 0, self.failures[rows] + 1)
-        self.rungs[rows] = 0
-        self.failed.add_((~ok).sum())
-        return known_true(ok)
+        invert_(self, self._pieces(keys))

@@ -8,9 +8,25 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvNd
 
-from triton_curv.blocks.products import add_product_
+from triton_curv.blocks.products import add_product_, waiting
 from triton_curv.blocks.rule import FactorShape, Uses
+from triton_curv.costs import NOTHING, Cost, factor_cost, triangle
+from triton_curv.nvtx import stage
 from triton_curv_kernels import accumulate_patch_factor_
+
+
+def patch_cost(total: Tensor, inputs: Tensor, rows: int) -> Cost:
+    """Of A += patches^T patches, (groups, n, n), without patches in memory: inputs read, A read and written."""
+    groups, n, _ = total.shape
+    return Cost(
+        factor_cost(rows, n, groups).flops,
+        inputs.numel() * inputs.element_size() + 2 * groups * triangle(n) * total.element_size(),
+    )
+
+
+def signal_cost(total: Tensor, grad_output: Tensor) -> Cost:
+    """Of G += g^T g, (groups, n, n), if that is done at once."""
+    return NOTHING if waiting() else factor_cost(grad_output[:, 0].numel(), total.shape[-1], len(total))
 
 
 class ConvRule:
@@ -42,27 +58,37 @@ class ConvRule:
         """A += patches^T patches, without patches, and G += g^T g over all samples and positions."""
         if inputs.dim() == len(self.module.kernel_size) + 1:
             inputs, grad_output = inputs[None], grad_output[None]
+        self._accumulate_patches_(sums["A"], inputs, grad_output[:, 0].numel())
+        return Uses(samples=inputs.shape[0], rows=self._accumulate_signal_(sums["G"], grad_output))
+
+    @stage("factor A", payload=lambda rule, total, inputs, rows: patch_cost(total, inputs, rows))
+    def _accumulate_patches_(self, total: Tensor, inputs: Tensor, rows: int) -> None:
+        """A += patches^T patches, of which there are `rows` for each group."""
         conv = self.module
-        groups, per_group, _ = self.matrix_shape
         accumulate_patch_factor_(
-            sums["A"],
+            total,
             inputs,
             conv.kernel_size,
             conv.stride,
             conv.padding,
             conv.dilation,
-            groups,
+            conv.groups,
             ones=self.has_bias,
             padding_mode=conv.padding_mode,
         )
+
+    @stage("factor G", payload=lambda rule, total, grad: signal_cost(total, grad))
+    def _accumulate_signal_(self, total: Tensor, grad_output: Tensor) -> int:
+        """G += g^T g; returns the rows of g for each group."""
+        groups, per_group, _ = self.matrix_shape
         # (samples, groups * per_group, positions) -> (groups, samples * positions, per_group)
         signal = grad_output.reshape(grad_output.shape[0], groups, per_group, -1)
         signal = signal.permute(1, 0, 3, 2).reshape(groups, -1, per_group)
         if groups == 1:
-            add_product_(sums["G"][0], signal[0])
+            add_product_(total[0], signal[0])
         else:
-            add_product_(sums["G"], signal)
-        return Uses(samples=inputs.shape[0], rows=signal.shape[1])
+            add_product_(total, signal)
+        return signal.shape[1]
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """Weight: all columns but the bias's; bias: the last column. Groups follow one another."""

@@ -13,6 +13,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from triton_curv.blocks.options import LayerOptions
 from triton_curv.blocks.rows import samples_first
 from triton_curv.blocks.rule import FactorShape, Uses
+from triton_curv.costs import Cost, factor_cost
+from triton_curv.nvtx import stage
+
+
+def norm_cost(total: Tensor, inputs: Tensor) -> Cost:
+    """Of F += sum_n v_n v_n^T, (batch, n, n): input and gradient read, a product and a sum a number for v."""
+    fisher = factor_cost(len(inputs), total.shape[-1], len(total))
+    return Cost(fisher.flops + 2 * inputs.numel(), fisher.bytes + 2 * inputs.numel() * inputs.element_size())
 
 
 class NormRule(ABC):
@@ -57,6 +65,7 @@ class NormRule(ABC):
         spatial = list(range(2, values.dim()))
         return values.sum(spatial) if spatial else values
 
+    @stage("factor G", payload=lambda rule, sums, inputs, *_: norm_cost(sums["F"], inputs))
     def accumulate_(self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, training: bool) -> Uses:
         """F += sum_n v_n v_n^T."""
         total = sums["F"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.side import times_left, times_right
+from triton_curv.costs import Cost
 from triton_curv_kernels import apply_damped_inverse
 from triton_curv_kernels.backend import use_reference
 
@@ -22,6 +23,19 @@ class Operator(NamedTuple):
     right: Sequence[Tensor]
     gains: Tensor | None
     whole: bool
+
+
+def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
+    """Of `solve`: each factor times what it faces; factors and D read, P written."""
+    batch, rows, columns = matrix.shape
+    flops = moved = 0
+    for factors, across in ((operator.left, columns), (operator.right, rows)):
+        for factor in factors:
+            flops += 2 * factor.numel() * across
+            moved += factor.numel()
+    if operator.gains is not None:
+        flops, moved = 2 * flops, moved + operator.gains.numel()
+    return Cost(flops, (moved + 2 * batch * rows * columns) * matrix.element_size())
 
 
 def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:

@@ -6,6 +6,7 @@ for that long, which is why there is a limit; 0 means that none waits. Nothing w
 since a caller may write to its inputs in between. In a graph of torch.compile each product is a kernel of its own.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from triton_curv.costs import NOTHING, Cost, factor_cost
 from triton_curv.errors import ChangedInputError
+from triton_curv.nvtx import stage
 from triton_curv_kernels import accumulate_factor_, accumulate_factors_
 from triton_curv_kernels.backend import use_reference
 from triton_curv_kernels.factor import supports
@@ -71,8 +74,11 @@ class ProductQueue:
 
     def flush(self) -> None:
         """Add all products to their factors."""
-        if not self._waiting:
-            return
+        if self._waiting:
+            self._add_all()
+
+    @stage("factors", payload=lambda queue: sum((cost_of(p) for p in queue._waiting), NOTHING))
+    def _add_all(self) -> None:
         factors, rows, scales, ones, versions = (list(column) for column in zip(*self._waiting, strict=True))
         self.clear()
         if any(x._version != version for x, version in zip(rows, versions, strict=True)):
@@ -81,10 +87,13 @@ class ProductQueue:
                 "backward pass, got one that was changed in place; triton_curv.blocks.products.LIMIT = 0 takes "
                 "statistics at once"
             )
-        accumulate_factors_(factors, rows, scales[0] if len(set(scales)) == 1 else scales, 1.0, ones)
-        if self._stream is not None and self._stream != (now := torch.cuda.current_stream(self._stream.device)):
-            for x in rows:
-                x.record_stream(now)
+        alphas = scales[0] if len(set(scales)) == 1 else scales
+        if self._stream is None or self._stream == (now := torch.cuda.current_stream(self._stream.device)):
+            accumulate_factors_(factors, rows, alphas, 1.0, ones)
+            return
+        with torch.cuda.stream(self._stream):  # where rows are made, and freed
+            accumulate_factors_(factors, rows, alphas, 1.0, ones)
+        now.wait_stream(self._stream)
 
     def clear(self) -> None:
         """Forget all products."""
@@ -93,6 +102,17 @@ class ProductQueue:
 
 
 _taking: ContextVar[ProductQueue | None] = ContextVar("taking", default=None)
+
+
+def cost_of(product: Product) -> Cost:
+    """Of one product."""
+    rows, factor = product.rows, product.factor
+    return factor_cost(rows.shape[-2], factor.shape[-1], math.prod(rows.shape[:-2]), rows.element_size())
+
+
+def waiting() -> bool:
+    """Whether products that are added now wait for others: they cost something later."""
+    return _taking.get() is not None
 
 
 def add_product_(factor: Tensor, rows: Tensor, scale: float = 1.0, ones: bool = False) -> None:

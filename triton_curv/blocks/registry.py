@@ -10,6 +10,7 @@ from triton_curv.blocks.conv_rows import conv_rule
 from triton_curv.blocks.conv_transpose import conv_transpose_rule
 from triton_curv.blocks.dense import DenseRule, TransposedDenseRule
 from triton_curv.blocks.embedding import EmbeddingRule
+from triton_curv.blocks.kind import layer_kind
 from triton_curv.blocks.norm import BatchNormRule, GroupNormRule, InstanceNormRule, LayerNormRule
 from triton_curv.blocks.options import LayerOptions
 from triton_curv.blocks.rows import RowsSource
@@ -102,7 +103,7 @@ def rule_for(module: Module, params: Mapping[str, Parameter], options: LayerOpti
 
     Subclasses are taken only where they keep the layer's forward formula, which we can't know: exact types only.
     """
-    kind = type(module)
+    kind = layer_kind(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     for table in (_registered, BUILT_IN):
         factory = table.get(kind) or table.get(name)

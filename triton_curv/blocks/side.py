@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.products import add_product_
+from triton_curv.blocks.products import add_product_, waiting
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.costs import NOTHING, Cost, factor_cost
+from triton_curv.nvtx import Stage, stage
 
 MAX_BLOCKS = 4  # a factor that needs more blocks than this is made diagonal
 
@@ -52,6 +54,14 @@ class Side:
             return f"{self.name} diagonal ({self.size} coordinates)"
         return f"{self.name} split into {count} diagonal blocks ({self.size} coordinates)" if count > 1 else ""
 
+    def _cost_of(self, rows: Tensor) -> Cost:
+        """Of adding the outer products of rows, if that is done at once."""
+        if waiting() and not self.diagonal:
+            return NOTHING
+        shapes = self.shapes.values()
+        return sum((factor_cost(rows.shape[-2], s.size, s.batch, rows.element_size()) for s in shapes), NOTHING)
+
+    @stage(lambda side, *_: stage_of(side.name), payload=lambda side, sums, rows, *_: side._cost_of(rows))
     def accumulate_(self, sums: Mapping[str, Tensor], rows: Tensor, ones: bool = False, scale: float = 1.0) -> None:
         """Factor += scale X^T X of rows (k, n) or (groups, k, n); with `ones` a last coordinate is 1 in every row."""
         rows = rows if rows.dim() == 3 else rows[None]
@@ -81,6 +91,11 @@ class Side:
         elif factor.shape[0] != self.groups:
             factor = factor.unflatten(0, (self.groups, -1))
         return factor[0] if self.groups == 1 else factor
+
+
+def stage_of(factor: str) -> Stage:
+    """The stage in which statistics of a factor, named A or G, are taken."""
+    return "factor A" if factor[0] == "A" else "factor G"
 
 
 def times_left(factors: Sequence[Tensor], matrix: Tensor) -> Tensor:

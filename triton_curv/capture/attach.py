@@ -6,6 +6,7 @@ from typing import Protocol
 from torch.nn import Module, MultiheadAttention
 
 from triton_curv.blocks import Block, TiedEmbeddingRule, TiedRule
+from triton_curv.blocks.kind import layer_kind
 from triton_curv.capture.attention import AttentionTaps, attach_attention
 from triton_curv.capture.tap import CaptureSwitch, LayerHook, ModelHook, Site
 
@@ -20,7 +21,11 @@ class Handle(Protocol):
 def attach_taps(model: Module, blocks: Iterable[Block], switch: CaptureSwitch) -> list[Handle]:
     """Tap every block's layers while `switch.enabled`: by forward hooks, attention by another forward."""
     hooks: list[Handle] = [model.register_forward_pre_hook(ModelHook(switch))]
-    attentions = {m.out_proj: m for m in model.modules() if type(m) is MultiheadAttention}
+    attentions = {
+        m.out_proj: m
+        for m in model.modules()
+        if isinstance(m, MultiheadAttention) and layer_kind(m) is MultiheadAttention
+    }
     taps: dict[MultiheadAttention, AttentionTaps] = {}
     for block in blocks:
         rule = block.rule

@@ -129,12 +129,26 @@ def explain(
     max_factor_dim: Annotated[int, typer.Option(help="Larger factors are split or made diagonal.")] = 8192,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Also show how so many ranks share the work, what they send and hold.")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Ranks that hold every factor once, of an HSDP mesh.", show_default="all")
+    ] = None,
+    grad_worker_fraction: Annotated[float, typer.Option(help="Share of ranks that precondition a layer.")] = 0.0,
+    parallel: Annotated[str, typer.Option(help="Who reduces gradients: plain (K-FAC itself), ddp or fsdp.")] = "plain",
+    wire_bytes: Annotated[int, typer.Option(help="Bytes of a number on the wire.")] = 4,
+    machine: Annotated[str, typer.Option(help="Rates for predicted times: v100, a100 or h100.")] = "a100",
 ) -> None:
     """Show what K-FAC covers, holds and costs on a model: by layer, from shapes alone; nothing is trained."""
     from triton_curv.cli.explain import ExplainOptions, run_explain
+    from triton_curv.explanation import Ranks
 
+    ranks = None
+    if world_size is not None:
+        ranks = Ranks(world_size, shard_size, grad_worker_fraction, parallel, wire_bytes, machine)
     intervals = (factor_interval, inverse_interval, max_factor_dim)
-    run_explain(ExplainOptions(model, batch, input_shape, input_dtype, *intervals, as_json, html))
+    run_explain(ExplainOptions(model, batch, input_shape, input_dtype, *intervals, as_json, html, ranks))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from triton_curv.cli.models import build_without_data, find_model
-from triton_curv.explanation import Explanation, explain, write_page
+from triton_curv.explanation import Explanation, Ranks, explain, on_ranks, write_page
 from triton_curv.explanation.units import readable_bytes, readable_flops
 
 WIDTH = 150
@@ -30,6 +30,7 @@ class ExplainOptions:
     max_factor_dim: int
     json: bool
     html: Path | None
+    ranks: Ranks | None = None
 
 
 def run_explain(options: ExplainOptions) -> None:
@@ -44,11 +45,13 @@ def run_explain(options: ExplainOptions) -> None:
         inverse_interval=options.inverse_interval,
         max_factor_dim=options.max_factor_dim,
     )
+    shared = None if options.ranks is None else on_ranks(explanation, options.ranks)
     if options.html is not None:
         options.html.parent.mkdir(parents=True, exist_ok=True)
-        write_page(explanation, options.html)
+        write_page(explanation, options.html, "" if shared is None else str(shared))
     if options.json:
-        print(json.dumps(explanation.to_json(), indent=1))
+        content = explanation.to_json()
+        print(json.dumps(content if shared is None else {**content, "ranks": shared.to_json()}, indent=1))
         return
     console = Console()
     if not console.is_terminal:
@@ -57,6 +60,8 @@ def run_explain(options: ExplainOptions) -> None:
     console.print(_stages(explanation))
     for line in _summary(explanation):
         console.print(line, highlight=False, soft_wrap=True)
+    if shared is not None:
+        console.print(f"\n{shared}", highlight=False, markup=False, soft_wrap=True)
     if options.html is not None:
         console.print(str(options.html.absolute()), soft_wrap=True, highlight=False)
 
@@ -109,5 +114,5 @@ def _summary(explanation: Explanation) -> list[str]:
         f"Memory: {kinds}; together {state / parameters:.1f} x the parameters ({readable_bytes(parameters)}).",
         f"A mean step adds {readable_flops(explanation.flops_per_step)}FLOP, {share:.1%} of forward + backward "
         f"({readable_flops(explanation.model_flops)}FLOP); one renewal of all inverses is "
-        f"{readable_flops(explanation.total('inverse').flops)}FLOP. One process sends nothing; see --world-size.",
+        f"{readable_flops(explanation.total('inverse').flops)}FLOP.",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,20 @@ Row = tuple[str, Entry]
 
 def describe_problem(problem: Any) -> str:
     """The fields, without the device."""
-    return " ".join(f"{name}={value}" for name, value in encode(problem).items())
+    return _fields(encode(problem))
+
+
+def _fields(values: Mapping[str, Any]) -> str:
+    """name=1 name=8x8 name=8192x768x12,8192x3072x12, those of a part behind its own fields' names."""
+    parts = [_fields(v) if isinstance(v, Mapping) else f"{name}={_written(v, ',')}" for name, v in values.items()]
+    return " ".join(parts)
+
+
+def _written(value: Any, between: str) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    nested = any(isinstance(part, list) for part in value)
+    return (between if nested else "x").join(_written(part, between) for part in value)
 
 
 def print_json(data: Any) -> None:
@@ -66,7 +79,7 @@ def _grid(device: str, rows: Sequence[Row]) -> Grid:
         grid.add_column(column, justify="right" if column in ("ms", "gain") else "left", no_wrap=column == "op")
     for source, entry in rows:
         row = _row(source, entry)
-        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+        config = _fields(row["config"])
         ms = "-" if row["ms"] is None else f"{row['ms']:.4g}"
         gain = "-" if row["gain"] is None else f"x{row['gain']:.3f}"
         grid.add_row(row["op"], describe_problem(entry.problem), config, source, ms, gain)
@@ -100,9 +113,9 @@ def _read(files: Sequence[Path]) -> tuple[list[Table], list[Refused]]:
     return tables, refused
 
 
-def _report(as_json: bool, text: str, refused: Sequence[Refused] = (), **numbers: int) -> None:
+def _report(as_json: bool, text: str, refused: Sequence[Refused] = (), **found: Any) -> None:
     if as_json:
-        print_json({**numbers, "refused": [{"place": item.place, "reason": item.reason} for item in refused]})
+        print_json({**found, "refused": [{"place": item.place, "reason": item.reason} for item in refused]})
         return
     print(text)
     for item in refused:
@@ -167,6 +180,9 @@ def run_verify(files: Sequence[Path], as_json: bool) -> int:
         valid=len(entries),
         measured=len(mine),
         bad=len(bad),
+        lost=[
+            {"op": v.entry.op.name, "problem": encode(v.entry.problem), "reason": v.reason, "gain": v.gain} for v in bad
+        ],
     )
     if not as_json:
         for verdict in bad:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from triton_curv.cli import INTERRUPTED
 from triton_curv.cli.problems import Problems, examples, from_file, from_scenario, from_spec
@@ -58,8 +59,17 @@ class TuneOptions:
         return examples(limits) if self.shapes is None else from_file(self.shapes, limits)
 
 
+class _TimeLeft(ProgressColumn):
+    """Of the budget, which is the total."""
+
+    def render(self, task: Task) -> Text:
+        """Minutes and seconds."""
+        left = round(max(0.0, (task.total or 0.0) - (task.elapsed or 0.0)))
+        return Text(f"{left // 60}:{left % 60:02} left")
+
+
 class _Bar:
-    """A progress bar as tuning's watcher; its time left is that of the budget."""
+    """A progress bar as tuning's watcher."""
 
     def __init__(self, bar: Progress, budget_s: float) -> None:
         self._bar = bar
@@ -85,13 +95,13 @@ def run_tune(options: TuneOptions) -> int:
         )
         return NO_GPU
     console = Console(stderr=options.json)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), _TimeLeft())
     jobs, status = plan(problems), 0
     try:
         with Progress(*columns, console=console, transient=True) as bar:
             jobs = tune(problems, options.budget, watcher=_Bar(bar, options.budget))
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        jobs, status = plan(problems), INTERRUPTED
     except OSError as error:
         raise ConfigurationError(f"cannot write the store {default_store().root}: {error}") from None
     places = {(job.op.name, job.problem) for job in jobs}

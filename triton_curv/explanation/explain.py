@@ -13,6 +13,7 @@ from triton_curv.explanation.layers import Exactness, Explanation, LayerRow
 from triton_curv.explanation.observe import Call, observe
 from triton_curv.optimizers.kfac import KFAC
 from triton_curv.packing import packed_size
+from triton_curv.sharding.layers import layer_sizes
 
 
 def explain(
@@ -74,6 +75,7 @@ def explain(
         chosen.steps_to_next_fold(0),
         chosen.steps_to_next_inverse(0),
         tuple(sorted(rows, key=lambda row: order[row.parameters[0]])),
+        layer_sizes({key: block.rule for key, block in blocks.items()}),
     )
 
 
@@ -97,7 +99,7 @@ def _block_row(key: str, block: Block, names: dict[int, str], calls: Sequence[Ca
             t.element_size() * (t.numel() + len(t) * packed_size(t.shape[-1])) for t in block.sums.values()
         ),
         inverse_bytes=sum(t.numel() * t.element_size() for t in block.inverses.values()),
-        moment_bytes=numbers_of(rule) * block.counts.element_size(),
+        moment_bytes=3 * numbers_of(rule) * block.counts.element_size(),
         statistics=sum(statistics, NOTHING),
         inverse=inversion_cost(rule),
         apply=solve_cost(rule),

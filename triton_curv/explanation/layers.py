@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from triton_curv.costs import NOTHING, Cost
+from triton_curv.sharding.layers import LayerSize
 
 Exactness = Literal["exact", "approximate", "no curvature", "frozen"]
 
@@ -14,9 +15,9 @@ class LayerRow:
     """One block, or one parameter without a block: coverage, memory and the least work of each stage.
 
     `exact` says whether the block is the whole empirical Fisher of its parameters; `calls` counts its uses in one
-    forward, 0 if the pass did not reach it. Memory in bytes: factors (pending sums, averages), inverses, momentum and
-    other moments. Costs: statistics of one step that takes them, one renewal of the inverses, one preconditioning, one
-    update.
+    forward, 0 if the pass did not reach it. Memory in bytes: factors (pending sums, averages), inverses, and moments
+    (momentum with the gradient and the update as matrices, or what a first-order rule keeps). Costs: statistics of one
+    step that takes them, one renewal of the inverses, one preconditioning, one update.
     """
 
     layer: str
@@ -58,7 +59,10 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All of a model; `model_flops` are those of one forward and backward pass on `input_shape`."""
+    """All of a model; `model_flops` are those of one forward and backward pass on `input_shape`.
+
+    `blocks` are the sizes that a plan for several ranks is made from.
+    """
 
     model: str
     input_shape: tuple[int, ...]
@@ -68,6 +72,7 @@ class Explanation:
     factor_interval: int
     inverse_interval: int
     rows: tuple[LayerRow, ...]
+    blocks: tuple[LayerSize, ...] = ()
 
     def total(self, name: Literal["statistics", "inverse", "apply", "update"]) -> Cost:
         """Cost of a stage over all layers."""
@@ -106,6 +111,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         """All fields, and the totals, as JSON takes them."""
         fields = asdict(self)
+        del fields["blocks"]
         for row, given in zip(fields["rows"], self.rows, strict=True):
             row.update({name: getattr(given, name)._asdict() for name in ("statistics", "inverse", "apply", "update")})
         stages = [

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.operator import Sums, solve_all
+from triton_curv.blocks.operator import Sums, solve_all, solving_cost
+from triton_curv.costs import NOTHING, Cost, update_cost
 from triton_curv.hostcheck import known_true
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.hyper import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, Rescale
@@ -51,22 +53,14 @@ def apply_(
         skipped.add_(~finite)
     agreed = agreement(work, options, exchange)
     for each, scale in zip(work, scales(work, norms, sums, options, exchange), strict=True):
-        lists, hyper = each.lists, each.hyper[:OF_UPDATE]
-        if agreed is not None:
-            hyper = torch.cat([hyper[:1] * agreed, hyper[1:2], hyper[2:3] / agreed, hyper[3:]])
-        if not healthy:
-            lists.flat_updates.masked_fill_(~finite, 0.0)
-            scale = torch.where(finite, scale, 0.0)
-            hyper = torch.where(finite, hyper, lists.idle)
-        of_row = (-scale if each.maximize else scale).unbind()
-        of_param = [of_row[row] for row in lists.row_of_param]
-        momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
+        move_(each, scale, agreed, None if healthy else finite)
     if options.rescale != "none":
         fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
-        rescale_(fans, options.rescale, finite)
+        rescale_(fans, options.rescale, finite, exchange)
     return finite
 
 
+@stage("apply", payload=lambda lists, samples, options, applied: _cost_of_solving(lists, applied))
 def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: Sequence[bool]) -> Sums | None:
     """From gradients to the steps of all blocks of a group, of whatever size they come out; their sums, if known."""
     if options.reduction == "sum":
@@ -88,7 +82,8 @@ def targets(lists: Lists, options: KFACOptions) -> Tensor:
 
 def smallest(lists: Lists) -> Tensor:
     """Norm of each block's step if every number's square were the smallest normal one."""
-    return lists.root_sizes * torch.finfo(lists.root_sizes.dtype).tiny ** 0.5
+    least: float = torch.finfo(lists.root_sizes.dtype).tiny ** 0.5
+    return lists.root_sizes * least
 
 
 def agreement(work: Sequence[Work], options: KFACOptions, exchange: Exchange) -> Tensor | None:
@@ -107,6 +102,26 @@ def agreement(work: Sequence[Work], options: KFACOptions, exchange: Exchange) ->
     ]
     mean = torch.cat(ratios).mean().clamp_max(1.0)
     return torch.where(mean > 0, mean, 1.0)  # before the first step there is no momentum: 0 / 0
+
+
+def _cost_of_solving(lists: Lists, applied: Sequence[bool]) -> Cost:
+    rows = zip(lists.operators, lists.row_grads, applied, strict=True)
+    return sum((solving_cost(operator, grad) for operator, grad, is_here in rows if is_here), NOTHING)
+
+
+@stage("update", payload=lambda work, scale, agreed, happens: update_cost(work.lists.flat_updates.numel()))
+def move_(work: Work, scale: Tensor, agreed: Tensor | None, happens: Tensor | None) -> None:
+    """Momentum, decay and update of one parameter group, lr times `agreed`; nothing where `happens` is False."""
+    lists, hyper = work.lists, work.hyper[:OF_UPDATE]
+    if agreed is not None:
+        hyper = torch.cat([hyper[:1] * agreed, hyper[1:2], hyper[2:3] / agreed, hyper[3:]])
+    if happens is not None:
+        lists.flat_updates.masked_fill_(~happens, 0.0)
+        scale = torch.where(happens, scale, 0.0)
+        hyper = torch.where(happens, hyper, lists.idle)
+    of_row = (-scale if work.maximize else scale).unbind()
+    of_param = [of_row[row] for row in lists.row_of_param]
+    momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
 
 
 def scales(
@@ -131,12 +146,12 @@ def scales(
     return [nu.expand_as(n) for n in norms]
 
 
-def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor) -> None:
+def rescale_(weights: Sequence[tuple[Tensor, int]], how: Rescale, happens: Tensor, exchange: Exchange) -> None:
     """w <- sqrt(2 d_out) w / (||w|| + 1e-9) of pairs (w, d_out); "code" only shrinks (arXiv 2002.06015 eq. 24)."""
     if how == "none" or not weights:
         return
     tensors = [w for w, _ in weights]
-    norms = torch.stack(torch._foreach_norm(tensors))
+    norms = exchange.whole_norms(torch.stack(torch._foreach_norm(tensors)))
     targets = torch.tensor([(2.0 * d) ** 0.5 for _, d in weights], dtype=norms.dtype, device=norms.device)
     factors = targets / (norms + RESCALE_EPS)
     if how == "code":

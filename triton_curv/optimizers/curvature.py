@@ -10,9 +10,11 @@ from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.blocks.centre import Mean, centre_, means_of
 from triton_curv.blocks.moments import Moments, has_sample_rows
+from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.health import EVENTS, HealthMonitor
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fisher import Loss, signals
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
@@ -160,6 +162,7 @@ class Curvature:
             store.stash()
         self.sampled = True
 
+    @stage("fold", payload=lambda curvature, steps: fold_cost(curvature.store))
     def fold(self, steps: int) -> None:
         """Region 1: fold the statistics gathered since the last fold into the moving averages."""
         store = self.store

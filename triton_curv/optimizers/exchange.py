@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from triton_curv.blocks import FactorStore
+from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
 from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
-from triton_curv.optimizers.matrices import Lists
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
 
 
 class Exchange(Protocol):
@@ -23,6 +23,9 @@ class Exchange(Protocol):
 
     def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
         """Once, before the first step: this rank's factors and taps."""
+
+    def matrices_of(self, blocks: Sequence[Block], like: Tensor) -> MatrixGroup:
+        """Once, for each parameter group: buffers for the gradients, updates and momenta of its blocks."""
 
     def gradients_(self, params: Sequence[Parameter]) -> None:
         """At the start of a step: agree which parameters have gradients, and average what nobody else averages."""
@@ -57,6 +60,9 @@ class Exchange(Protocol):
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """<P, D> over all blocks of each parameter group, ()."""
 
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """||w|| of weights, from those of what lies here."""
+
     def total(self, number: Tensor) -> Tensor:
         """Sum over ranks of what each knows of its own blocks."""
 
@@ -80,6 +86,10 @@ class Alone:
 
     def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
         """Nothing to do with them."""
+
+    def matrices_of(self, blocks: Sequence[Block], like: Tensor) -> MatrixGroup:
+        """Of all blocks."""
+        return MatrixGroup(blocks, like.dtype, like.device)
 
     def gradients_(self, params: Sequence[Parameter]) -> None:
         """As they are."""
@@ -121,7 +131,7 @@ class Alone:
 
     def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
         """Of what is here."""
-        return [torch.stack(torch._foreach_norm(each.row_momenta)) for each in lists]
+        return [momentum_squares(each).sqrt() for each in lists]
 
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """Of what is here."""
@@ -129,6 +139,10 @@ class Alone:
             torch.dot(each.flat_updates, each.flat_grads) if known is None else known.products.sum()
             for each, known in zip(lists, sums, strict=True)
         ]
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """All of them are here."""
+        return norms
 
     def total(self, number: Tensor) -> Tensor:
         """That of one rank."""

@@ -9,6 +9,10 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from triton_curv.costs import update_cost
+from triton_curv.nvtx import stage
+from triton_curv.sharding.local import local
+
 FallbackName = Literal["adamw", "sgd"]
 
 
@@ -36,7 +40,7 @@ def _for_each(scalar: Tensor, params: list[Parameter]) -> list[Tensor]:
 
 def _gradients(params: list[Parameter], group: dict[str, Any], ok: Tensor) -> list[Tensor]:
     """Gradients to descend along, zero where the step does not happen: 0 * NaN is not 0."""
-    grads = [torch.where(ok, p.grad, 0.0) for p in params if p.grad is not None]
+    grads = [torch.where(ok, local(p.grad), 0.0) for p in params if p.grad is not None]
     return list(torch._foreach_neg(grads)) if group["maximize"] else grads
 
 
@@ -53,19 +57,20 @@ class AdamWFallback:
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
     def update(
         self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
     ) -> None:
         """torch's own functional AdamW on the group's state, or the same with a flag."""
-        exp_avgs = [state[p]["exp_avg"] for p in params]
-        exp_avg_sqs = [state[p]["exp_avg_sq"] for p in params]
+        exp_avgs = [local(state[p]["exp_avg"]) for p in params]
+        exp_avg_sqs = [local(state[p]["exp_avg_sq"]) for p in params]
         steps = [state[p]["step"] for p in params]
         if ok is not None:
             self._update_where(ok, params, exp_avgs, exp_avg_sqs, steps, group)
             return
         adamw(
-            list(params),
-            [p.grad for p in params if p.grad is not None],
+            [local(p) for p in params],
+            [local(p.grad) for p in params if p.grad is not None],
             exp_avgs,
             exp_avg_sqs,
             [],
@@ -102,8 +107,9 @@ class AdamWFallback:
         torch._foreach_add_(roots, group["eps"])
         updates = torch._foreach_div(exp_avgs, roots)
         torch._foreach_mul_(updates, [-lr * happens / (1 - beta1**step) for step in counted])
-        torch._foreach_mul_(list(params), _for_each(1 - lr * group["weight_decay"] * happens, params))
-        torch._foreach_add_(list(params), updates)
+        weights = [local(p) for p in params]
+        torch._foreach_mul_(weights, _for_each(1 - lr * group["weight_decay"] * happens, params))
+        torch._foreach_add_(weights, updates)
 
 
 class SGDFallback:
@@ -118,13 +124,14 @@ class SGDFallback:
             "momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
+    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
     def update(
         self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
     ) -> None:
         """torch's own functional SGD on the group's state, or the same with a flag."""
-        buffers = [state[p]["momentum_buffer"] for p in params]
+        buffers = [local(state[p]["momentum_buffer"]) for p in params]
         if ok is not None:
-            happens, momentum, weights = ok.to(torch.float32), group["momentum"], [p.data for p in params]
+            happens, momentum, weights = ok.to(torch.float32), group["momentum"], [local(p.data) for p in params]
             torch._foreach_add_([state[p]["step"] for p in params], _for_each(happens, params))
             grads = _gradients(params, group, ok)
             decayed = torch._foreach_mul(weights, _for_each(group["weight_decay"] * happens, params))
@@ -135,9 +142,9 @@ class SGDFallback:
         for p in params:
             state[p]["step"] += 1
         sgd(
-            list(params),
-            [p.grad for p in params if p.grad is not None],
-            buffers,
+            [local(p) for p in params],
+            [local(p.grad) for p in params if p.grad is not None],
+            list(buffers),
             foreach=True,
             weight_decay=float(group["weight_decay"]),
             momentum=float(group["momentum"]),

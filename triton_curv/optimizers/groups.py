@@ -23,6 +23,7 @@ from triton_curv.blocks import (
     attention_rules,
     rule_for,
 )
+from triton_curv.blocks.kind import layer_kind
 from triton_curv.errors import ConfigurationError, SparseGradientError
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
 
@@ -86,7 +87,7 @@ def rules_of(
         for p in module._parameters.values():
             if p is not None:
                 users.setdefault(p, []).append(module)
-    inside_attention = {m.out_proj for m in names if type(m) is nn.MultiheadAttention}
+    inside_attention = {m.out_proj for m in names if layer_kind(m) is nn.MultiheadAttention}
     rules: dict[str, Rule] = {}
     reasons: dict[Parameter, str] = {}
     covered: set[Parameter] = set()
@@ -106,13 +107,13 @@ def rules_of(
             found = "the block of its shared weight does not cover it"
         elif shared:
             found = tied_rule(users[shared[0]], shared[0], names, options, overrides)
-        elif type(module) is nn.MultiheadAttention:
+        elif layer_kind(module) is nn.MultiheadAttention:
             found = attention_rules(module, own, layer)
         elif module in inside_attention:
             found = (
                 "its weight is frozen" if "weight" not in own else DenseRule(module, own, replace(layer, batch_dim=1))
             )
-        elif type(module) is NonDynamicallyQuantizableLinear:
+        elif layer_kind(module) is NonDynamicallyQuantizableLinear:
             found = "a projection of a subclass of nn.MultiheadAttention, which bypasses this module's forward"
         else:
             found = rule_for(module, own, layer)
@@ -122,7 +123,7 @@ def rules_of(
         new = {name + ending: rule for ending, rule in found.items()} if isinstance(found, dict) else {name: found}
         rules.update(new)
         covered.update(p for rule in new.values() for p in rule.params.values())
-        rest = "the layer's block does not cover it" if new else f"no block for {type(module).__name__}"
+        rest = "the layer's block does not cover it" if new else f"no block for {layer_kind(module).__name__}"
         reasons.update({p: rest for p in own.values() if p not in covered})
     return rules, reasons
 
@@ -140,7 +141,7 @@ def tied_rule(
     if any(module._parameters.get("weight") is not weight for module in modules):
         return f"it is shared between {first}, not as the weight of both"
     layer = options_of(names[modules[0]], options, overrides)
-    kinds = {type(module) for module in modules}
+    kinds = {layer_kind(module) for module in modules}
     params = {"weight": weight}
     embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
     if kinds == {nn.Embedding, nn.Linear} and len(embeddings) == 1:

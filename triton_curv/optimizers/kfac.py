@@ -14,6 +14,7 @@ from triton_curv.errors import ConfigurationError
 from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Exchange
@@ -22,13 +23,13 @@ from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
 from triton_curv.optimizers.hyper import SLOT, HyperParameters
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
-from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
 from triton_curv.schedules import GROWING, AdaptiveInterval, RefreshSchedule
+from triton_curv.sharding.choice import exchange_for
+from triton_curv.sharding.local import like, local
 from triton_curv.sharding.options import Sharding
 from triton_curv.sharding.ranks import Where, find_ranks
-from triton_curv.sharding.team import exchange_for
 
 
 class KFAC(Optimizer):
@@ -222,11 +223,11 @@ class KFAC(Optimizer):
         clock = self.param_groups[0]
         self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block, self._exchange)
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
-        like = self._store.samples
-        self._matrices = [MatrixGroup([self.blocks[n] for n in group], like.dtype, like.device) for group in blocks_of]
-        self._hyper = HyperParameters(len(self._matrices), like.dtype, like.device)
+        some = self._store.samples
+        self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]
+        self._hyper = HyperParameters(len(self._matrices), some.dtype, some.device)
         self._group_of_block = torch.tensor(
-            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=like.device
+            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=some.device
         )
         self._init_state()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -240,7 +241,7 @@ class KFAC(Optimizer):
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
-                    self.state[part.param] = {"momentum_buffer": part.momentum}
+                    self.state[part.param] = {"momentum_buffer": like(part.momentum, part.param)}
                 first = self.state[row.parts[0].param]
                 for name, key in row.block.keys.items():
                     rows = store.rows(key)
@@ -362,7 +363,13 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = self._steps
+        self._take_step(self._steps, evaluate)
+        return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
+
+    @stage("step", payload=lambda optimizer, steps, evaluate: steps)
+    def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature
         self._exchange.gradients_([p for group in self.param_groups for p in group["params"]])
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
@@ -374,9 +381,6 @@ class KFAC(Optimizer):
         if before is not None:
             self._judge(before, cast("Evaluate", evaluate), steps)
         self._set_steps(steps + 1)
-        return loss
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
 
     def _set_steps(self, steps: int) -> None:
         for group in self.param_groups:
@@ -389,11 +393,11 @@ class KFAC(Optimizer):
         self._write_hyper_parameters()
         rows = zip(self.param_groups, self._matrices, self._hyper.of_group, strict=False)
         work = [
-            Work(lists, [cast("Tensor", p.grad) for p in lists.params], hyper, group["maximize"])
+            Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper, group["maximize"])
             for group, matrices, hyper in rows
-            if (lists := matrices.active()).params
+            if (lists := matrices.active()).leaves
         ]
-        loose = [cast("Tensor", p.grad) for _, params in self._loose() for p in params]
+        loose = [local(cast("Tensor", p.grad)) for _, params in self._loose() for p in params]
         curvature = self._curvature
         finite = apply_(work, loose, self._store.samples, curvature.events[0], self.options, self._exchange)
         healthy = known_true(finite)
@@ -401,8 +405,7 @@ class KFAC(Optimizer):
             curvature.monitor.watch()
         for group, params in self._loose():
             if params:
-                rule = FALLBACKS[self.options.fallback]
-                rule.update(params, self.state, group, None if healthy else finite)
+                FALLBACKS[self.options.fallback].update(params, self.state, group, None if healthy else finite)
 
     def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
         """Parameter groups without blocks, and those of their parameters that have gradients."""

@@ -33,7 +33,6 @@ class Row(NamedTuple):
     block: Block
     grad: Tensor
     update: Tensor
-    momentum: Tensor
     parts: tuple[Part, ...]
 
 
@@ -41,6 +40,7 @@ class Lists(NamedTuple):
     """The blocks of a group that take part in a step, as the lists that multi-tensor operations take."""
 
     operators: list[Operator]
+    leaves: list[Parameter]  # whose `.grad` is taken; `params` are what is stepped: of DTensors this rank's part
     params: list[Tensor]
     grads: list[Tensor]
     updates: list[Tensor]
@@ -49,11 +49,11 @@ class Lists(NamedTuple):
     row_updates: list[Tensor]
     flat_grads: Tensor
     flat_updates: Tensor
-    row_momenta: list[Tensor]
     root_sizes: Tensor
     fan_scales: Tensor
     idle: Tensor  # hyper-parameters of a step that changes nothing: see `momentum_update_`
     row_of_param: list[int]
+    row_index: Tensor  # the same, on the device
     block_indices: list[int]
     fans_out: list[int]
 
@@ -74,6 +74,22 @@ def fan_scale(rule: Rule) -> float:
     return (REFERENCE_FAN_IN / rule.matrix_shape[2]) ** 0.5 if dense else 1.0
 
 
+def fan_scales(rows: Sequence[Row], like: Tensor) -> Tensor:
+    """`fan_scale` of each block."""
+    return torch.tensor([fan_scale(row.block.rule) for row in rows], dtype=like.dtype, device=like.device)
+
+
+def row_index(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The number of its block for each parameter."""
+    return torch.tensor([i for i, row in enumerate(rows) for _ in row.parts], dtype=torch.int64, device=device)
+
+
+def momentum_squares(lists: Lists) -> Tensor:
+    """||m||^2 of what lies here of each block's momentum, (blocks,)."""
+    squares = torch.stack(torch._foreach_norm(lists.momenta)).square()
+    return torch.zeros_like(lists.root_sizes).index_add_(0, lists.row_index, squares)
+
+
 class MatrixGroup:
     """Gradient, update and momentum of the blocks of one parameter group."""
 
@@ -90,7 +106,7 @@ class MatrixGroup:
                 Part(param, grads[name], updates[name], momenta[name], fan_out(block.rule, name))
                 for name, param in block.rule.params.items()
             )
-            self.rows.append(Row(block, matrices[0], matrices[1], matrices[2], parts))
+            self.rows.append(Row(block, matrices[0], matrices[1], parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: tuple[tuple[bool, ...], Lists] | None = None
 
@@ -115,21 +131,20 @@ class MatrixGroup:
         sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
         return Lists(
             operators=[row.block.operator for row in rows],
+            leaves=[part.param for part in parts],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],
             updates=[part.update for part in parts],
             momenta=[part.momentum for part in parts],
             row_grads=[row.grad for row in rows],
             row_updates=[row.update for row in rows],
-            row_momenta=[row.momentum for row in rows],
             flat_grads=self.grads,
             flat_updates=self.updates,
             root_sizes=sizes.sqrt(),
-            fan_scales=torch.tensor(
-                [fan_scale(row.block.rule) for row in rows], dtype=sizes.dtype, device=sizes.device
-            ),
+            fan_scales=fan_scales(rows, sizes),
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
+            row_index=row_index(rows, sizes.device),
             block_indices=[row.block.index for row in rows],
             fans_out=[part.fan_out for part in parts],
         )

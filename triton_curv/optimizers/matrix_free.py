@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from triton_curv.costs import Cost, update_cost
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.operators.cg import CGResult, StoppingRule, cg
 from triton_curv.operators.choice import Choice
 from triton_curv.operators.errors import ClosureError
@@ -228,6 +230,7 @@ class MatrixFree(Optimizer):
             return GatheredWeights(params, self.model)
         return Weights(params) if self._found.ddp is None else ReplicatedWeights(params, self._found.ddp)
 
+    @stage("cg", payload=lambda optimizer, product, gradient, damping, max_iter, *_: solving_cost(gradient, max_iter))
     def _solve(
         self,
         product: Callable[[Vectors], Vectors],
@@ -249,6 +252,7 @@ class MatrixFree(Optimizer):
             keep_history=self._shared("keep_history"),
         )
 
+    @stage("update", payload=lambda optimizer, start, *_: update_cost(sum(p.numel() for p in start.params)))
     def _move(
         self, start: Start[Operator], direction: Vectors, loss_of: Callable[[Any], Tensor]
     ) -> "tuple[Trial, Vectors]":
@@ -380,6 +384,7 @@ class Trial:
         self._closure.again(take)
         return self._mean.number(total)
 
+    @stage("line search", payload=lambda trial, *_: MAX_SHRINKS)
     def backtrack(self, step: Vectors, loss_before: float, slope: float, loss_now: float) -> float:
         """Armijo's rule: halve until L(w_0 + s step) <= L(w_0) + 1e-4 s slope, ten times at most; returns s.
 
@@ -395,6 +400,13 @@ class Trial:
             scale = 0.0
             self.move(zeros_like(step))
         return scale
+
+
+def solving_cost(vectors: Vectors, iterations: int) -> Cost:
+    """At most: a CG solve's recurrences and dots, products and preconditioner apart: x, r, p and A p, 10 operations."""
+    numel = sum(v.numel() for v in vectors)
+    moved = sum(v.nbytes for v in vectors)
+    return Cost(10 * numel * iterations, 9 * moved * iterations)
 
 
 def never_traced(step: Step) -> Step:

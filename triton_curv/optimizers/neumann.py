@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from triton_curv.costs import Cost
 from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.sharding.ranks import mesh_of
 from triton_curv.sharding.weights import local_of
@@ -32,6 +34,12 @@ def next_reset(t: int, period: int) -> int:
 def mu_at(t: int, mu: tuple[float, float], mu_steps: float) -> float:
     """mu(t) = clip(1 - 1/(1 + t/mu_steps), mu[0], mu[1]); arXiv 1712.03298 Table 1. t <= 0 means warm-up: mu[0]."""
     return min(max(1 - 1 / (1 + max(t, 0) / mu_steps), mu[0]), mu[1])
+
+
+def neumann_cost(params: Sequence[Tensor]) -> Cost:
+    """Of Algorithm 2's update of all parameters: gradient read, w, m and v read and written, 14 operations a number."""
+    numel = sum(p.numel() for p in params)
+    return Cost(14 * numel, sum(3 * p.nbytes for p in params) + 4 * 4 * numel)
 
 
 class Neumann(Optimizer):
@@ -179,6 +187,11 @@ class Neumann(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._opt_called = True  # what a scheduler's wrapper would note
+        self._take_step()
+        return loss
+
+    @stage("step", payload=lambda optimizer: optimizer.param_groups[0]["step"])
+    def _take_step(self) -> None:
         groups = [group for group in self.param_groups if group["params"]]
         for grad in (p.grad for group in groups for p in group["params"]):
             if grad is not None and grad.layout != torch.strided:
@@ -190,8 +203,8 @@ class Neumann(Optimizer):
         moved = [g for g, d in zip(groups, distances, strict=True) if self._step_group(g, d, variables)]
         if moved and self._shards is not None:
             _sum_over(self._shards, [group["distance"] for group in moved])
-        return loss
 
+    @stage("update", payload=lambda optimizer, group, *_: neumann_cost(group["params"]))
     def _step_group(self, group: dict[str, Any], distance: Tensor, variables: int) -> bool:
         """Lines 2 to 12 of Algorithm 2 for one group, given D over all groups; False if it has no gradients.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.operators.choice import Choice
 from triton_curv.operators.errors import no_backward_inside
 from triton_curv.operators.loss import as_loss, check_finite
@@ -87,6 +88,10 @@ class NeumannInner(MatrixFree):
             NonFiniteError: the loss or its gradient at w is not finite; parameters stay as they are.
 
         """
+        return self._take_step(closure)
+
+    @stage("step", payload=lambda optimizer, closure: optimizer.param_groups[0]["step"])
+    def _take_step(self, closure: Callable[[], Any]) -> Tensor:
         maximize = self._shared("maximize")
         weights = self._weights(list(self._trained().values()))
         # gradients alone: what is compiled may stay so

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.operators.cg import RULES, NegativeCurvature
 from triton_curv.operators.hvp import HessianOperator
 from triton_curv.operators.loss import as_loss
@@ -153,6 +154,10 @@ class NewtonCG(MatrixFree):
             UnsupportedOpError: an op in the closure has no second derivative; says which.
 
         """
+        return self._take_step(closure)
+
+    @stage("step", payload=lambda optimizer, closure: optimizer.param_groups[0]["step"])
+    def _take_step(self, closure: Callable[[], Any]) -> Tensor:
         start = self._start(closure, HessianOperator, self._exact)
         self.solves = []
         last = self._last(start) if self._warm else None

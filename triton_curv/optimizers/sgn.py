@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.operators.cg import RULES, NegativeCurvature
 from triton_curv.operators.ggn import GaussNewtonOperator
 from triton_curv.operators.loss import as_loss_and_output
@@ -176,6 +177,10 @@ class SGN(MatrixFree):
             UnsupportedOpError: an op in the closure lacks a derivative that the product needs; says which.
 
         """
+        return self._take_step(closure)
+
+    @stage("step", payload=lambda optimizer, closure: optimizer.param_groups[0]["step"])
+    def _take_step(self, closure: Callable[[], Any]) -> Tensor:
         start = self._start(closure, GaussNewtonOperator)
         steps = int(self.param_groups[0]["step"]) + 1
         average = self._averaged(start, steps)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from triton_curv.errors import StateMismatchError
+from triton_curv.sharding.local import assign_
 
 
 def load_state_in_place(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -43,7 +44,7 @@ def load_state_in_place(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> 
                 )
             copies.append((value, given))
     for value, given in copies:
-        value.copy_(given)
+        assign_(value, given)
     for group, saved_group in zip(groups, saved_groups, strict=True):
         group.update({k: v for k, v in saved_group.items() if k != "params"})
     for post_hook in list(optimizer._optimizer_load_state_dict_post_hooks.values()):

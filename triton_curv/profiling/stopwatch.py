@@ -88,7 +88,7 @@ class CudaStopwatch:
             return call, "eager"
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):  # which knows the tables of our kernels by now
                 call()
         except RuntimeError:
             torch.cuda.synchronize()

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triton_curv.nvtx import stage
+
 Collectives = Literal["fewest", "padded", "uneven"]
 # torch 2.13 renames them and warns about the old names
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -87,6 +89,7 @@ class Channel:
     def _root(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank) if self.group is not None else 0
 
+    @stage("reduce-scatter", payload=lambda channel, buffer, splits: buffer.nbytes)
     def reduce_scatter(self, buffer: Tensor, splits: Sequence[int]) -> Pending:
         """Sum over ranks of `buffer` (sum(splits),); this rank gets its own share (splits[rank],).
 

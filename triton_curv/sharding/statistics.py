@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.nvtx import stage
 from triton_curv.packing import pack
 from triton_curv.sharding.buckets import Bucket
 from triton_curv.sharding.exchange import Channel, Pending
@@ -155,6 +156,7 @@ class StatisticsExchange:
         store.fold_packed_(received, how._replace(summed=True), due, totals.traces)
         self.forget()
 
+    @stage("reduce-scatter")  # the wait for one that was started
     def _over_replicas(self, pending: Pending) -> Tensor:
         return self.channels.peers.all_reduce(pending.wait(), dist.ReduceOp.SUM, exact=False).wait()
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_curv.blocks import FactorStore, Rule
+from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
 from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
 from triton_curv.errors import ConfigurationError
-from triton_curv.optimizers.exchange import Alone, Exchange
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.kfac_options import KFACOptions
-from triton_curv.optimizers.matrices import Lists
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
 from triton_curv.sharding.exchange import gather_pieces
 from triton_curv.sharding.inverses import share_inverses_, share_status_
 from triton_curv.sharding.layers import layer_sizes
@@ -29,20 +29,6 @@ from triton_curv.sharding.state import entries_of, whole_state
 from triton_curv.sharding.statistics import StatisticsExchange
 
 MIB = 1 << 20
-
-
-def exchange_for(
-    rules: Mapping[str, Rule], found: Found, sharding: Sharding, options: KFACOptions, dtype: torch.dtype
-) -> Exchange:
-    """What the ranks that were found need of one another. Raises ConfigurationError for what they can't share out."""
-    if len(found.ranks) == 1 and found.wrapper != "fsdp":
-        return Alone()
-    if options.ekfac:
-        raise ConfigurationError(
-            "expected ekfac=False on several ranks: its second moments are taken in a layer's eigenbasis, which is "
-            "not on the ranks where the samples are"
-        )
-    return Team(rules, found, sharding, options, dtype)
 
 
 def plan_for(rules: Mapping[str, Rule], found: Found, sharding: Sharding, options: KFACOptions, itemsize: int) -> Plan:
@@ -124,6 +110,10 @@ class Team:
         if self.channels.column.size > 1:
             store.across = lambda rows: self.statistics.across(rows, self.channels.column)
 
+    def matrices_of(self, blocks: Sequence[Block], like: Tensor) -> MatrixGroup:
+        """Of all blocks."""
+        return MatrixGroup(blocks, like.dtype, like.device)
+
     # ---- gradients
 
     def gradients_(self, params: Sequence[Parameter]) -> None:
@@ -185,8 +175,11 @@ class Team:
 
     def updates_(self, lists: Sequence[Lists]) -> None:
         """All-gather of preconditioned gradients along the row."""
-        if self.channels.row.size == 1:
-            return
+        if self.channels.row.size > 1:
+            self._gather_(lists)
+
+    @stage("all-gather", payload=lambda team, lists: sum(m.nbytes for each in lists for m in each.row_updates))
+    def _gather_(self, lists: Sequence[Lists]) -> None:
         updates = {i: m for each in lists for i, m in zip(each.block_indices, each.row_updates, strict=True)}
         by_column = self._by_column(updates)
         own = [updates[i] for i in by_column[self.channels.row.rank]]
@@ -203,7 +196,7 @@ class Team:
 
     def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
         """All ranks have all momenta."""
-        return [torch.stack(torch._foreach_norm(each.row_momenta)) for each in lists]
+        return [momentum_squares(each).sqrt() for each in lists]
 
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """With "reduce_scatter" each rank knows the gradients of its layers only; the others are zero."""
@@ -211,6 +204,10 @@ class Team:
         if self.averages != "reduce_scatter" or not local:
             return local
         return list(self.channels.row.all_reduce(torch.stack(local)).wait().unbind())
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """All ranks have all weights."""
+        return norms
 
     def total(self, number: Tensor) -> Tensor:
         """Over the ranks of a replica, of what each knows of its own layers."""
@@ -243,8 +240,12 @@ class Team:
         failed = store.failed.clone()
         store.invert_(keys)
         if self.channels.column.size > 1:
-            share_inverses_(store, self.plan, self.channels, store.keys if keys is None else keys)
+            self._gather_inverses_(store, store.keys if keys is None else keys)
         share_status_(store, self.channels, failed)
+
+    @stage("all-gather", payload=lambda team, store, keys: sum(store.view("inverses", key).nbytes for key in keys))
+    def _gather_inverses_(self, store: FactorStore, keys: Sequence[FactorKey]) -> None:
+        share_inverses_(store, self.plan, self.channels, keys)
 
     # ---- state
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from triton_curv.errors import ConfigurationError
 from triton_curv.sharding.buckets import Bucket, even_share, even_splits
@@ -18,9 +18,9 @@ class Wire:
     """How numbers travel.
 
     Args:
-        parallel: who reduces gradients. "plain": the plan's reduce-scatter to the workers, or an all-reduce where all
-            ranks are workers (DDP with a comm hook that does nothing counts as plain). "ddp": DDP's all-reduce. "fsdp":
-            FSDP2's reduce-scatter; gradient shards go on to the workers and slices of the steps come back.
+        parallel: who reduces gradients. "plain": K-FAC, by reduce-scatter to the workers, or by an all-reduce where a
+            layer has several of them (DDP with a comm hook that does nothing counts as plain). "ddp": DDP's all-reduce.
+            "fsdp": FSDP2's reduce-scatter; gradient shards go on to the workers and slices of the steps come back.
         statistics, gradients: bytes of a number of a factor or inverse, and of a gradient or step, on the wire.
         loose: numbers of parameters without a block; their gradients are all-reduced.
         factor_interval, inverse_interval: steps from one reduction of the statistics, or gathering of the inverses,
@@ -28,7 +28,7 @@ class Wire:
 
     """
 
-    parallel: Parallel = "plain"
+    parallel: str = "plain"
     statistics: int = 4
     gradients: int = 4
     loose: int = 0
@@ -36,7 +36,7 @@ class Wire:
     inverse_interval: int = 1
 
     def __post_init__(self) -> None:
-        if self.parallel not in ("plain", "ddp", "fsdp"):
+        if self.parallel not in get_args(Parallel):
             raise ConfigurationError(f"expected parallel to be 'plain', 'ddp' or 'fsdp', got {self.parallel!r}")
         if min(self.statistics, self.gradients, self.factor_interval, self.inverse_interval) < 1 or self.loose < 0:
             raise ConfigurationError(f"expected sizes and intervals of at least 1, got {self}")
@@ -180,14 +180,15 @@ class _Stage:
             return [*reduced, Transfer("gradients to workers", "all-to-all", grid.size, 1, sent)]
         if wire.parallel == "ddp":
             return list(of_sgd(self.numbers + wire.loose, grid.world_size, grid.size, wire))
-        workers = grid.rows * grid.replicas
-        by_column = scattering(self.shares, itemsize)
-        scattered = tuple(by_column[i % grid.columns] for i in range(grid.size))
-        between = tuple(reducing(self.shares[i % grid.columns], workers, itemsize) for i in range(grid.size))
+        if grid.rows > 1:
+            every = (reducing(self.numbers + wire.loose, grid.world_size, itemsize),) * grid.size
+            return [Transfer("gradients", "all-reduce", grid.world_size, 1, every)]
+        scattered = scattering(self.shares, itemsize)
+        between = tuple(reducing(share, grid.replicas, itemsize) for share in self.shares)
         loose = (reducing(wire.loose, grid.world_size, itemsize),) * grid.size
         found = [
             Transfer("gradients", "reduce-scatter", grid.columns, 1, scattered),
-            Transfer("gradients of workers", "all-reduce", workers, grid.columns, between),
+            Transfer("gradients of replicas", "all-reduce", grid.replicas, grid.size, between),
         ]
         return found + [Transfer("other gradients", "all-reduce", grid.world_size, 1, loose)] * bool(wire.loose)
 

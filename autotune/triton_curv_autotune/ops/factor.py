@@ -1,5 +1,6 @@
 """Factors: `accumulate_factor_` and, for whole lists, `accumulate_factors_`."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -20,6 +21,8 @@ from triton_curv_kernels import (
 )
 from triton_curv_kernels.factor import FactorConfig, FactorProblem
 from triton_curv_kernels.factor_group_config import GroupConfig, GroupProblem
+
+MOST_MATRICES = 10_000  # of one shape in a list that is tuned
 
 # one factor
 
@@ -68,7 +71,11 @@ def describe(inputs: Inputs) -> list[tuple[str, Any]]:
 
 def group_bucket(problem: GroupProblem) -> GroupProblem:
     """Rows down to powers of two, widths up to their buckets."""
-    return replace(problem, shapes=tuple(sorted((power_of_two(k), width_bucket(n)) for k, n in problem.shapes)))
+    return replace(problem, shapes=GroupProblem.count((power_of_two(k), width_bucket(n)) for k, n in _each(problem)))
+
+
+def _each(problem: GroupProblem) -> Iterator[tuple[int, int]]:
+    return ((k, n) for k, n, count in problem.shapes for _ in range(min(count, MOST_MATRICES)))
 
 
 def group_inputs(problem: GroupProblem, device: torch.device) -> Inputs:
@@ -78,9 +85,9 @@ def group_inputs(problem: GroupProblem, device: torch.device) -> Inputs:
     """
     generator = torch.Generator(device).manual_seed(0)
     factors, rows, ones = [], [], []
-    narrowest = min((n for _, n in problem.shapes), default=0)
+    narrowest = min((n for _, n in _each(problem)), default=0)
     aligned = problem.aligned
-    for place, (k, n) in enumerate(problem.shapes):
+    for place, (k, n) in enumerate(_each(problem)):
         strided = not aligned and n == narrowest
         aligned = aligned or strided
         wide = torch.randn((k, n + strided), device=device, generator=generator).to(problem.dtype)
@@ -91,7 +98,7 @@ def group_inputs(problem: GroupProblem, device: torch.device) -> Inputs:
         factors.append(packed.from_dense(factor) if is_packed else factor)
         rows.append(wide[:, :n])
         ones.append(one)
-    alphas = torch.tensor([1.0 / max(k, 1) for k, _ in problem.shapes], device=device)
+    alphas = torch.tensor([1.0 / max(k, 1) for k, _ in _each(problem)], device=device)
     return factors, rows, alphas, torch.full_like(alphas, 0.95), ones
 
 
@@ -130,10 +137,10 @@ EXAMPLES = tuple(
 )
 
 
-def _transformer(width: int, blocks: int, rows: int) -> tuple[tuple[int, int], ...]:
-    """(k, n) of A and G of a transformer's linear layers."""
+def _transformer(width: int, blocks: int, rows: int) -> tuple[tuple[int, int, int], ...]:
+    """A and G of a transformer's linear layers."""
     widths = (width, 3 * width, width, width, width, 4 * width, 4 * width, width)
-    return tuple(sorted((rows, n) for n in widths * blocks))
+    return GroupProblem.count((rows, n) for n in widths * blocks)
 
 
 GROUP_EXAMPLES = tuple(

@@ -1,0 +1,120 @@
+"""Damped inverses and eigenbases of the factors in a store, and the failure ladder of those that can't be inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from triton_curv.hostcheck import known_true
+from triton_curv.inverse import (
+    Inversion,
+    damp_,
+    damped_inverse,
+    eigenbasis,
+    hyperpower_inverses,
+    raised,
+    stand_in,
+)
+from triton_curv.packing import unpack
+
+if TYPE_CHECKING:
+    from triton_curv.blocks.bank import Bank, FactorStore
+
+    Piece = tuple[Bank, slice]  # a bank, and a place in it
+
+PORTION = 1 << 26  # numbers in the matrices that are inverted in one call, which takes several times their memory
+
+
+def invert_(store: FactorStore, pieces: Iterable[Piece]) -> None:
+    """Recompute damped inverses, or eigenbases, of parts of banks from their averages."""
+    together: list[Piece] = []
+    for bank, place in pieces:
+        if bank.spectra is not None:
+            _decompose_(store, bank, place)
+        elif store.inverse == "neumann" and bank.size > 2:
+            together.append((bank, place))
+        else:
+            damped = damp_(unpack(bank.averages[place], bank.size), _shifts(store, bank, place))
+            _take_(store, bank, place, damped, damped_inverse(damped))
+    for some in _portions(together):
+        _iterate_(store, some)
+
+
+def _rows(bank: Bank, place: slice) -> slice:
+    """Where a part of a bank lies in vectors over factor matrices."""
+    return slice(bank.rows.start + place.start, bank.rows.start + place.stop)
+
+
+def _shifts(store: FactorStore, bank: Bank, place: slice) -> Tensor:
+    """What is added to the matrices: ten times more for every failure in a row."""
+    rows = _rows(bank, place)
+    return raised(store.shifts[rows], store.failures[rows])
+
+
+def _iterate_(store: FactorStore, pieces: Sequence[Piece]) -> None:
+    """Damped inverses by hyperpower steps, all in one call."""
+    shifts = [_shifts(store, bank, place) for bank, place in pieces]
+    matrices = [unpack(bank.averages[place], bank.size) for bank, place in pieces]
+    current = [bank.inverses[place] for bank, place in pieces]
+    results = hyperpower_inverses(matrices, shifts, current, store.iterations)
+    for (bank, place), matrix, shift, result in zip(pieces, matrices, shifts, results, strict=True):
+        _take_(store, bank, place, damp_(matrix, shift), result)
+
+
+def _take_(store: FactorStore, bank: Bank, place: slice, damped: Tensor, result: Inversion) -> None:
+    """New inverses of a part of a bank, and the ladder for those that failed."""
+    rows, current, inverses = _rows(bank, place), bank.inverses[place], result.inverses
+    if not _note(store, rows, result.ok, result.residuals):
+        instead, rungs = stand_in(damped, current, store.failures[rows])
+        inverses = torch.where(result.ok[:, None, None], inverses, instead)
+        store.rungs[rows] = torch.where(result.ok, 0, rungs)
+    current.copy_(inverses)
+
+
+def _decompose_(store: FactorStore, bank: Bank, place: slice) -> None:
+    """Eigenbases of a part of a bank; where that fails the last ones, then the diagonal's, then the identity's."""
+    assert bank.spectra is not None
+    rows, matrices = _rows(bank, place), unpack(bank.averages[place], bank.size)
+    result = eigenbasis(matrices)
+    bases, spectra = result.bases, result.spectra
+    old_bases, old_spectra = bank.inverses[place], bank.spectra[place]
+    if not _note(store, rows, result.ok, result.residuals):
+        identity = torch.eye(bank.size, dtype=bases.dtype, device=bases.device).expand_as(bases)
+        diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+        usable = ((diagonal >= 0) & diagonal.isfinite()).all(-1)
+        previous = store.failures[rows] <= 3
+        rungs = torch.where(previous, 1, torch.where(usable, 2, 3))
+        of_diagonal = torch.where(usable[:, None], diagonal, 1.0)
+        ok = result.ok[:, None]
+        bases = torch.where(ok[..., None], bases, torch.where(previous[:, None, None], old_bases, identity))
+        spectra = torch.where(ok, spectra, torch.where(previous[:, None], old_spectra, of_diagonal))
+        store.rungs[rows] = torch.where(result.ok, 0, rungs)
+    old_bases.copy_(bases)
+    old_spectra.copy_(spectra)
+
+
+def _note(store: FactorStore, rows: slice, ok: Tensor, residuals: Tensor) -> bool:
+    """Count failures; True if it is known on the host that there is none."""
+    store.residuals[rows] = residuals
+    store.failures[rows] = torch.where(ok, 0, store.failures[rows] + 1)
+    store.rungs[rows] = 0
+    store.failed.add_((~ok).sum())
+    return known_true(ok)
+
+
+def _portions(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Parts of banks in lists of at most PORTION numbers, or of one part."""
+    portion: list[Piece] = []
+    total = 0
+    for bank, place in pieces:
+        numbers = (place.stop - place.start) * bank.size**2
+        if portion and total + numbers > PORTION:
+            yield portion
+            portion, total = [], 0
+        portion.append((bank, place))
+        total += numbers
+    if portion:
+        yield portion
