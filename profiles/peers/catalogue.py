@@ -1,7 +1,7 @@
 """The peers: package, how each is built for a task, and what a user has to do to train with it.
 
-Settings are each library's defaults or its paper's; there are 10 steps between roots, inverses or eigenbases, and weights
-do not decay. Parameters that a peer does not take go to Adam at the same rate.
+Settings are each library's defaults or its paper's; there are 10 steps between roots, inverses or eigenbases, and
+weights do not decay. Parameters that a peer does not take go to Adam at the same rate.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Covariance of output gradients instead of their second moment: what of G is left when the mean gradient is out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,20 +38,33 @@ class Mean(NamedTuple):
         return signal[:, :, None] * signal[:, None, :]
 
 
-def means_of(
-    blocks: Iterable[Block], store: FactorStore, how: Normalisation, loss_scale: float
-) -> dict[FactorKey, Mean]:
-    """Of Linear and Conv layers with a bias that has a gradient; call it before the fold, which empties the counts."""
-    means = {}
+def centred_blocks(blocks: Iterable[Block]) -> list[Block]:
+    """Linear and Conv layers with a bias that is trained."""
+    return [
+        block for block in blocks if type(block.rule) in CENTRED and "bias" in block.rule.params and "G" in block.keys
+    ]
+
+
+def gradients_of_biases(blocks: Sequence[Block], like: Tensor) -> list[Tensor]:
+    """Zeros where there is none, so that all ranks have as many."""
+    found = []
     for block in blocks:
-        key, bias = block.keys.get("G"), block.rule.params.get("bias")
-        if key is None or bias is None or bias.grad is None or type(block.rule) not in CENTRED:
-            continue
+        bias = block.rule.params["bias"]
+        grad = bias.grad.full_tensor() if isinstance(bias.grad, DTensor) else bias.grad
+        found.append(like.new_zeros(bias.shape) if grad is None else grad.to(like.dtype))
+    return found
+
+
+def means_of(
+    blocks: Sequence[Block], gradients: Sequence[Tensor], counts: Tensor, how: Normalisation, loss_scale: float
+) -> dict[FactorKey, Mean]:
+    """From the gradients of biases and (rows, samples) of all blocks, (2, blocks), as they are before the fold."""
+    means = {}
+    for block, gradient in zip(blocks, gradients, strict=True):
         groups, rows, _ = block.rule.matrix_shape
-        gradient = bias.grad.full_tensor() if isinstance(bias.grad, DTensor) else bias.grad
-        samples = store.seen()[block.index]
-        signal = gradient.to(samples.dtype).view(groups, rows) / loss_scale
-        means[key] = Mean(signal / samples if how.summed else signal, store.counts[block.index, 0] / samples)
+        seen, samples = counts[:, block.index]
+        signal = gradient.view(groups, rows) / loss_scale
+        means[block.keys["G"]] = Mean(signal / samples if how.summed else signal, seen / samples)
     return means
 
 

@@ -33,6 +33,9 @@ class Exchange(Protocol):
     def seen(self, store: FactorStore, how: Normalisation) -> Tensor:
         """Which blocks have pending statistics, on any rank: (blocks,)."""
 
+    def centres(self, gradients: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Before a fold: gradients of some parameters and `counts`, a sum, as they are over all ranks."""
+
     def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
         """Fold the pending statistics of all ranks into the averages, where these are."""
 
@@ -97,6 +100,10 @@ class Alone:
     def seen(self, store: FactorStore, how: Normalisation) -> Tensor:
         """On this rank."""
         return store.seen() > 0
+
+    def centres(self, gradients: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As they are."""
+        return list(gradients), counts
 
     def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
         """Here."""
