@@ -53,3 +53,10 @@ def _diagonal(n: int) -> tuple[int, ...]:
 def diagonal_places(n: int, device: torch.device) -> Tensor:
     """Where the n diagonal elements lie in a packed row."""
     return torch.tensor(_diagonal(n), dtype=torch.int64, device=device)
+
+
+def squared_norms(packed: Tensor, diagonal: Tensor) -> Tensor:
+    """||M||_F^2 of each row; `diagonal` is its `diagonal_places`."""
+    twice = packed.new_full(packed.shape[1:], 2.0)  # an element beside the diagonal stands for two
+    twice[diagonal] = 1.0
+    return packed.square() @ twice

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 from typing import Any
 
 import pytest
@@ -74,26 +73,6 @@ def test_resume_is_bit_for_bit(options: dict[str, Any]) -> None:
     for a, b in zip(weights(model), weights(resumed), strict=True):
         assert torch.equal(a, b)
     assert str(optimizer.state_dict()) == str(other.state_dict())
-
-
-@pytest.mark.parametrize(
-    "copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
-)
-@pytest.mark.parametrize("options", [{}, {"inverse": "eigen"}, {"factor_interval": tc.AdaptiveInterval()}])
-def test_copies_of_a_pair_of_model_and_optimizer_have_equal_states(copier: Any, options: dict[str, Any]) -> None:
-    model = net()
-    optimizer = tc.KFAC(model, lr=0.01, **options)
-    run(model, optimizer, batches(3))
-    twin, other = copier((model, optimizer))
-    for a, b in zip(weights(model), weights(twin), strict=True):
-        assert torch.equal(a, b)
-    assert str(other.state_dict()) == str(optimizer.state_dict())
-    fresh = tc.KFAC(twin, lr=0.01, **options)
-    fresh.load_state_dict(other.state_dict())
-    run(model, optimizer, batches(6)[3:])
-    run(twin, fresh, batches(6)[3:])
-    for a, b in zip(weights(model), weights(twin), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_tensor_hyper_parameters_survive_every_option() -> None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 
 from tests.support.products import Problem, join, make_problem
+from triton_curv.damping import LevenbergMarquardt, ScheduledDamping
 from triton_curv.errors import ConfigurationError
 from triton_curv.operators import ClosureError
-from triton_curv.optimizers.sgn import SGN, predicted_change, trust_region_damping
+from triton_curv.optimizers.sgn import SGN, predicted_change
 
 Pair = tuple[Tensor, Tensor]
 
@@ -122,9 +123,38 @@ def test_damping_follows_the_ratio_of_actual_to_predicted_change(iterations: int
 
 def test_trust_region_rule() -> None:
     rho = torch.tensor(3.0)
-    for ratio, expected in ((0.8, 2.0), (0.75, 3.0), (0.25, 3.0), (0.2, 4.5), (-1.0, 4.5), (float("nan"), 4.5)):
-        assert trust_region_damping(rho, ratio, 1e-6).item() == pytest.approx(expected)
-    assert trust_region_damping(rho, 1.0, 2.5).item() == 2.5
+    rule = SGN(nn.Linear(2, 2), damping_min=2.5)._rule
+    for ratio, expected in ((0.75, 3.0), (0.25, 3.0), (0.2, 4.5), (-1.0, 4.5), (float("nan"), 4.5)):
+        assert rule.adapt(rho, torch.tensor(ratio)).item() == pytest.approx(expected)
+    assert rule.adapt(rho, torch.tensor(1.0)).item() == 2.5
+    assert rule.adapt(2 * rho, torch.tensor(0.8)).item() == 4.0
+
+
+@pytest.mark.parametrize("line_search", [False, True])
+def test_a_rule_of_kfac_moves_rho_and_takes_steps_back(line_search: bool) -> None:
+    """Far too long a step: it raises the loss, and no halving of it, ten at most, lowers it."""
+    problem = make_problem("linear", "cross_entropy")
+    rule = LevenbergMarquardt(interval=2, grow=10.0, reject=True)
+    opt = SGN(problem.model, lr=1e7, damping=1e-3, damping_rule=rule, line_search=line_search)
+    before = problem.flat()
+    opt.step(problem.pair_closure)
+    assert torch.equal(problem.flat(), before)
+    assert opt.damping.item() == pytest.approx(1e-2)
+    opt.step(problem.pair_closure)  # not measured
+    assert not torch.equal(problem.flat(), before)
+    assert opt.damping.item() == pytest.approx(1e-2)
+
+
+def test_a_schedule_multiplies_the_groups_damping() -> None:
+    problem = make_problem("linear", "cross_entropy")
+    options: dict[str, Any] = {"line_search": False, "cg_tol": 1e-14, "cg_first_iter": 500}
+    opt = SGN(problem.model, damping=0.5, damping_rule=ScheduledDamping(lambda step: 4.0**-step), **options)
+    for rho in (0.5, 0.125):
+        G, w, g = problem.gauss_newton(), problem.flat(), gradient_of(problem)
+        assert float(opt.damping) == rho
+        opt.step(problem.pair_closure)
+        d = torch.linalg.solve(G + rho * torch.eye(len(w), dtype=w.dtype), -g)
+        torch.testing.assert_close(problem.flat(), w + d, rtol=0, atol=1e-11)
 
 
 def test_without_trust_region_the_groups_damping_is_used() -> None:

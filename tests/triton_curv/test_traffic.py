@@ -181,15 +181,18 @@ def test_timeline_hides_what_the_backward_pass_covers() -> None:
 def test_memory_shrinks_with_ranks_and_grows_with_workers() -> None:
     def most(fraction: float) -> int:
         plan = make_plan(LAYERS, PlanOptions(4, grad_worker_fraction=fraction))
-        return max(memory.total for memory in memory_of(plan))
+        return max(memory.total for memory in memory_of(plan, Wire()))
 
-    alone = memory_of(make_plan(LAYERS, PlanOptions(1)))
+    alone = memory_of(make_plan(LAYERS, PlanOptions(1)), Wire())
     dense = sum(f.dense for layer in LAYERS for f in layer.factors)
     packed = sum(f.packed for layer in LAYERS for f in layer.factors)
     gradients = sum(layer.gradient for layer in LAYERS)
     assert alone[0].total == 4 * (2 * dense + packed + 3 * gradients)
     totals = [most(fraction) for fraction in (0, 0.5, 1)]
     assert all(less < more for less, more in pairwise([*totals, alone[0].total]))
+    plan = make_plan(LAYERS, PlanOptions(4))
+    sharded = [memory.moments for memory in memory_of(plan, Wire("fsdp"))]
+    assert sum(sharded) == 4 * 4 * gradients  # matrices of gradients and updates, and both as shards
 
 
 def test_report_prints_and_is_json() -> None:

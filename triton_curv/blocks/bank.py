@@ -16,7 +16,7 @@ from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import InverseName
 from triton_curv.nvtx import stage
-from triton_curv.packing import diagonal_places, pack, packed_size, unpack
+from triton_curv.packing import diagonal_places, pack, packed_size, squared_norms, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
 SLIVER = 1e-30  # a squared norm below it is that of a dead factor
@@ -224,10 +224,7 @@ class FactorStore:
         return whole[place]
 
     def packed(self, key: FactorKey, age: int = 0) -> Tensor:
-        """A factor's moving average, packed triangles in one dimension: now, or as kept 1 or 2 folds ago.
-
-        On "meta" where another rank owns it.
-        """
+        """A factor's moving average, packed in one dimension: now, or 1 or 2 folds ago; "meta" if another rank's."""
         bank, place = self._places[key]
         if not self.owns(key):
             numbers = (place.stop - place.start) * packed_size(bank.size)
@@ -265,13 +262,12 @@ class FactorStore:
 
     def traces(self, sums: bool = False) -> Tensor:
         """tr M of each average (0 for those of other ranks), or of each pending sum."""
-        banks = self.banks
         if sums:
-            return torch.cat([bank.sums.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in banks])
-        own = [bank.averages[:, bank.diagonal].sum(-1) for bank in banks]
+            return torch.cat([bank.sums.diagonal(dim1=-2, dim2=-1).sum(-1) for bank in self.banks])
+        own = [bank.averages[:, bank.diagonal].sum(-1) for bank in self.banks]
         if self.held is None:
             return torch.cat(own)
-        return torch.cat([pad(t, (0, len(bank.sums) - bank.owned)) for t, bank in zip(own, banks, strict=True)])
+        return torch.cat([pad(t, (0, len(bank.sums) - bank.owned)) for t, bank in zip(own, self.banks, strict=True)])
 
     def pending(
         self, how: Normalisation, due: Tensor | None = None, traces: Tensor | None = None
@@ -368,19 +364,19 @@ class FactorStore:
 
     def forget(self) -> None:
         """Drop pending statistics."""
-        self.products.clear()
-        for bank in self.banks:
-            bank.sums.zero_()
-        self.counts.zero_()
+        self._empty()
         self.units.zero_()
         self.units_known = False
         self._stash = None
 
     def drop_(self, keep: Tensor | float) -> None:
         """Drop pending statistics; where there are some, N so far too, except `keep`, which is of coming ones."""
-        if known_true(self.counts == 0):
-            return
-        self.units.copy_(torch.where((self.counts > 0).any(), keep, self.units))
+        if not known_true(self.counts == 0):
+            self.units.copy_(torch.where((self.counts > 0).any(), keep, self.units))
+            self._empty()
+
+    def _empty(self) -> None:
+        self.products.clear()
         for bank in self.banks:
             bank.sums.zero_()
         self.counts.zero_()
@@ -406,11 +402,7 @@ class FactorStore:
         rows: list[Tensor] = []
         for bank in self.banks:
             assert bank.recent is not None
-            off = bank.averages.new_full(
-                (packed_size(bank.size),), 2.0
-            )  # an element beside the diagonal stands for two
-            off[bank.diagonal] = 1.0
-            past = [(((bank.averages - old).square() @ off), old.square() @ off) for old in bank.recent]
+            past = [[squared_norms(x, bank.diagonal) for x in (bank.averages - old, old)] for old in bank.recent]
             own = torch.stack([torch.stack(pair) for pair in past])  # (age, difference or norm, batch)
             rows.append(pad(own, (0, len(bank.sums) - bank.owned)) if bank.owned < len(bank.sums) else own)
         every = torch.cat(rows, dim=-1)

@@ -66,24 +66,30 @@ class _Backward(torch.autograd.Function):
         def spread(channels: Tensor) -> Tensor:
             return channels.view(across)
 
-        in_g, sum_vx_xhat, sum_vx = _backward(vx, x, w, mean, s, ctx.eps)
-        xhat = (x - spread(mean)).mul_(spread(s))
-        in_g = in_g.addcmul_(xhat, spread(vw)).add_(spread(vb))
+        def centred(factor: Tensor, shift: Tensor) -> Tensor:  # factor (x - mean) + shift, in one pass
+            return torch.batch_norm(x, factor, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
+
+        _, sum_vx_xhat, sum_vx = _backward(vx, x, w, mean, s, ctx.eps, inputs=False)
+        e, scale = sum_vx_xhat / n, w * s
+        of_g = vw - scale * e
+        in_g = centred(of_g * s, vb - scale * sum_vx / n).addcmul_(vx, spread(scale))
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return in_g, None, None, None, None, None
         others = [d for d in range(x.dim()) if d != 1]
-        vx_q = (vx * g).sum(others) - gb * sum_vx / n - gw * sum_vx_xhat / n
-        h = (g * spread(vw - w * s * sum_vx_xhat / n)).addcmul_(vx, spread(-w * s * gw / n))
-        in_x, _, _ = _backward(h, x, torch.ones_like(w), mean, s, ctx.eps)
-        in_x.addcmul_(xhat, spread(-w * s * s * vx_q / n))
+        vx_q = (vx * g).sum(others) - gb * sum_vx / n - gw * e
+        # h = of_g g + of_vx vx, whose means with 1 and x^ are known; x^ = s (x - mean)
+        of_vx = -scale * gw / n
+        mean_h, mean_h_xhat = (of_g * gb + of_vx * sum_vx) / n, of_g * gw / n + of_vx * e
+        along = -s * s * (mean_h_xhat + scale * vx_q / n)
+        in_x = centred(along, -s * mean_h).addcmul_(g, spread(s * of_g)).addcmul_(vx, spread(s * of_vx))
         return in_g, in_x, s * vx_q, None, None, None
 
 
 def _backward(
-    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, eps: float
+    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, eps: float, inputs: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-        g, x, weight, None, None, mean, invstd, True, eps, [True, True, True]
+        g, x, weight, None, None, mean, invstd, True, eps, [inputs, True, True]
     )
     return gx, gw, gb
 

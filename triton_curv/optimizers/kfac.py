@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from triton_curv.blocks import LayerOptions, NormFisher, WeightSharing
 from triton_curv.coverage import Coverage, coverage_of
@@ -16,6 +15,7 @@ from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.apply import Work, apply_
+from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
@@ -32,7 +32,7 @@ from triton_curv.sharding.options import Sharding
 from triton_curv.sharding.ranks import Where, find_ranks
 
 
-class KFAC(Optimizer):
+class KFAC(Rebuilt):
     r"""w <- w - lr (G + sqrt(lambda)/pi I)^-1 dW (A + pi sqrt(lambda) I)^-1, layer by layer.
 
     A = E[a a^T] over samples and positions, G = E[g g^T], pi^2 = (tr A/dim A)/(tr G/dim G): arXiv 1811.12019 section 3.
@@ -274,6 +274,7 @@ class KFAC(Optimizer):
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
             check_hyper_parameters(group)
+            self._late.append(group)
             for p in group["params"]:
                 self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
                 self._names[p] = f"added parameter {len(self._names)}"
@@ -450,10 +451,7 @@ class KFAC(Optimizer):
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them.
-
-        A GradScaler left the step out, or another network's loss was sent back. What `sample_fisher` took stays.
-        """
+        """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them (not sampled ones)."""
         self._curvature.drop()
         super().zero_grad(set_to_none)
 
@@ -465,8 +463,6 @@ class KFAC(Optimizer):
         On several ranks, which hold parts of it, this is a collective: call it on all of them, then save on one.
         """
         state = super().state_dict()
-        if not self.__dict__.get("_ready", False):
-            return state  # a copy: torch copies an optimizer's state and groups, nothing else
         places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         rows = [row for matrices in self._matrices for row in matrices.rows]
         factors = {key: places[row.parts[0].param] for row in rows for key in row.block.keys.values()}

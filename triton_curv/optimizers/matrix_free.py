@@ -9,7 +9,6 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from triton_curv.costs import Cost, update_cost
 from triton_curv.errors import ConfigurationError
@@ -22,6 +21,7 @@ from triton_curv.operators.ggn import GaussNewtonOperator
 from triton_curv.operators.hvp import HessianOperator
 from triton_curv.operators.loss import check_finite
 from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype, zeros_like
+from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.kfac import KFAC
 from triton_curv.optimizers.preconditioner import (
     KFACPreconditioner,
@@ -112,7 +112,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-class MatrixFree(Optimizer):
+class MatrixFree(Rebuilt):
     """Base of the optimizers that see curvature through products alone; the subclass adds state and `step`."""
 
     preconditioner_exponent = 0.75
@@ -160,6 +160,8 @@ class MatrixFree(Optimizer):
             self.param_groups.pop()
             raise
         group["step"] = self.param_groups[0].get("step", 0)
+        if hasattr(self, "_opt_called"):  # not the constructor's own
+            self._late.append(group)
         for p in group["params"]:
             self._init_state(p)
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from triton_curv.damping import ConstantDamping, DampingRule, LevenbergMarquardt
 from triton_curv.errors import ConfigurationError
 from triton_curv.nvtx import stage
 from triton_curv.operators.cg import RULES, NegativeCurvature
 from triton_curv.operators.ggn import GaussNewtonOperator
 from triton_curv.operators.loss import as_loss_and_output
-from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype
+from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype, zeros_like
 from triton_curv.optimizers.groups import choose
 from triton_curv.optimizers.matrix_free import (
     MatrixFree,
@@ -28,22 +29,10 @@ from triton_curv.sharding.ranks import Where
 
 Product = Literal["auto", "fastest", "jvp", "double_vjp", "compiled"]
 
-RAISE, LOWER, POOR, GOOD = 3 / 2, 2 / 3, 1 / 4, 3 / 4
-
 
 def predicted_change(gradient: Vectors, direction: Vectors, damped_product: Vectors) -> Tensor:
     """g.d + d.(G + rho I)d / 2: what the damped quadratic model says the loss changes by."""
     return dot(gradient, direction) + 0.5 * dot(direction, damped_product)
-
-
-def trust_region_damping(damping: Tensor, ratio: float, least: float) -> Tensor:
-    """rho 3/2 where actual/predicted change < 1/4 or is no number, max(2/3 rho, least) where > 3/4, else rho.
-
-    Source: arXiv 2006.02409, the authors' code.
-    """
-    if ratio > GOOD:
-        return (damping * LOWER).clamp_min(least)
-    return damping if ratio >= POOR else damping * RAISE
 
 
 class SGN(MatrixFree):
@@ -59,7 +48,7 @@ class SGN(MatrixFree):
 
     The first `cg_first_steps` steps make at most `cg_first_iter` iterations of CG whatever `cg_max_iter` says, as in
     every logged run of the authors. With a trust region, the loss of the full step is compared with the model's
-    prediction and rho follows (`trust_region_damping`); the step is taken all the same.
+    prediction and rho follows (`LevenbergMarquardt`, the rule that KFAC takes too); the step is taken all the same.
 
     Args:
         model: its parameters that require a gradient are trained.
@@ -72,7 +61,9 @@ class SGN(MatrixFree):
         cg_first_steps: how many steps those are.
         stop: "gargiani": max|r| <= cg_tol after one iteration at least (the authors' code), "reiz", "relative".
         negative_curvature: "exit" or "ignore"; J^T H_L J has none if the loss is convex in the output.
-        trust_region: adapt rho.
+        trust_region: adapt rho, by 3/2 below a ratio of 1/4 and by 2/3 above 3/4.
+        damping_rule: another rule, as KFAC takes them: a `LevenbergMarquardt` of your own moves rho, and with
+            `reject` takes back steps that raise the loss; schedules multiply the groups' `damping`.
         line_search: halve the step until the loss falls enough (Armijo, c = 1e-4, at most 10 times).
         momentum: in [0, 1): the right-hand side is the bias-corrected moving average of gradients.
         preconditioner: "identity", "diagonal" (1/(m^2 + rho)^0.75) or a `KFAC` of the same model, whose `step` is never
@@ -108,6 +99,7 @@ class SGN(MatrixFree):
         stop: str = "gargiani",
         negative_curvature: NegativeCurvature = "exit",
         trust_region: bool = True,
+        damping_rule: DampingRule | None = None,
         line_search: bool = True,
         momentum: float = 0.0,
         preconditioner: PreconditionerArgument = "identity",
@@ -123,6 +115,7 @@ class SGN(MatrixFree):
         if not 0 <= momentum < 1:
             raise ConfigurationError(f"expected momentum in [0, 1), got {momentum}")
         self._momentum = momentum
+        self._own_rule = damping_rule
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -147,10 +140,23 @@ class SGN(MatrixFree):
     @property
     def damping(self) -> Tensor:
         """The rho of the next step, ()."""
+        factor = self._rule.factor(int(self.param_groups[0]["step"]))
+        if self._rule.interval:
+            return self._adapted * factor
+        return torch.as_tensor(self._shared("damping"), dtype=torch.float64) * factor
+
+    @property
+    def _adapted(self) -> Tensor:
+        found: Tensor = self.state[self.param_groups[0]["params"][0]]["damping"]
+        return found
+
+    @property
+    def _rule(self) -> DampingRule:
+        if self._own_rule is not None:
+            return self._own_rule
         if self._shared("trust_region"):
-            found: Tensor = self.state[self.param_groups[0]["params"][0]]["damping"]
-            return found
-        return torch.as_tensor(self._shared("damping"), dtype=torch.float64)
+            return LevenbergMarquardt(interval=1, least=self._shared("damping_min"), most=math.inf)
+        return ConstantDamping()
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
@@ -192,17 +198,20 @@ class SGN(MatrixFree):
 
         direction = result.solution
         trial, step = self._move(start, direction, _loss_of)
-        trust_region, line_search = self._shared("trust_region"), self._shared("line_search")
-        if trust_region or line_search:
+        rule, line_search = self._rule, self._shared("line_search")
+        measures = rule.interval > 0 and (steps - 1) % rule.interval == 0
+        if measures or line_search:
             before, after = float(start.loss), trial.loss()
-            if trust_region:
+            if measures:
                 product = torch._foreach_neg(add_scaled(average, result.residual, 1.0))  # (G + rho I) d = -m - r
                 change = float(predicted_change(start.gradient, direction, list(product)))
                 ratio = (after - before) / change if change < 0 else math.nan
                 if change != 0 or bool(dot(start.gradient, start.gradient) > 0):
-                    rho.copy_(trust_region_damping(rho, ratio, self._shared("damping_min")))
+                    self._adapted.copy_(rule.adapt(self._adapted, torch.tensor(ratio, dtype=torch.float64)))
             if line_search:
                 trial.backtrack(step, before, float(dot(average, step)), after)
+            if measures and rule.reject and not (trial.loss() if line_search else after) <= before:
+                trial.move(zeros_like(step))
         return self._end(start)
 
     def _averaged(self, start: Start[GaussNewtonOperator], steps: int) -> Vectors:

@@ -1,0 +1,70 @@
+"""Copies of optimizers that hold on to their model: `copy.deepcopy` and pickle give one that works on the copy."""
+
+from typing import Any, Self
+
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+
+class Rebuilt(Optimizer):
+    """An optimizer that is built anew where it is copied or unpickled, and then takes over the state.
+
+    torch copies state and groups, nothing else; what is tied to the model's modules (taps, names, buffers that share
+    memory) has to be made for the copied model. Copy model and optimizer together, `copy.deepcopy((model, optimizer))`,
+    as you would with any torch optimizer. Statistics that no step has used are left behind.
+    """
+
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    _late: list[dict[str, Any]]  # groups that came after construction
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An empty optimizer that knows what it is being built from."""
+        new = super().__new__(cls)
+        new._arguments, new._late = (args, kwargs), []
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the optimizer was built from, and its state dict."""
+        return {
+            "arguments": self._arguments,
+            "groups": [group["params"] for group in self.param_groups],
+            "late": [next(i for i, group in enumerate(self.param_groups) if group is late) for late in self._late],
+            "state_dict": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the optimizer on the copied model, now or, where that is not complete yet, when it is first used."""
+        model = self._model_in(state)
+        self.__dict__["_unbuilt"] = state
+        if "_modules" in model.__dict__:
+            self._build_copy()
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of a copy that was part of its model: there the optimizer is copied before the model is."""
+        if "_unbuilt" not in self.__dict__:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        self._build_copy()
+        return getattr(self, name)
+
+    @staticmethod
+    def _model_in(state: dict[str, Any]) -> nn.Module:
+        args, kwargs = state["arguments"]
+        model: nn.Module = args[0] if args else kwargs["model"]
+        return model
+
+    def _build_copy(self) -> None:
+        state = self.__dict__.pop("_unbuilt")
+        args, kwargs = self._arguments = state["arguments"]
+        self._late = []
+        groups: list[list[Parameter]] = state["groups"]
+        at_first = {id(p) for i, params in enumerate(groups) if i not in state["late"] for p in params}
+        flags = [(p, p.requires_grad) for p in self._model_in(state).parameters()]
+        for p, _ in flags:  # as they were when the original was built
+            p.requires_grad_(id(p) in at_first)
+        type(self).__init__(self, *args, **kwargs)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for i in state["late"]:
+            self.add_param_group({"params": groups[i]})
+        self.load_state_dict(state["state_dict"])
