@@ -78,6 +78,9 @@ class Exchange(Protocol):
     def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
         """The optimizer's state, whole: `factors` says which parameter holds each factor's."""
 
+    def bytes_sent(self) -> Sequence[int] | None:
+        """What this rank sends for each block in a step in which everything is due; None: nothing."""
+
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Raise RankMismatchError unless all ranks have the same model, options and weights."""
 
@@ -86,6 +89,9 @@ class Alone:
     """One rank."""
 
     held: Held | None = None
+
+    def bytes_sent(self) -> None:
+        """There is nobody to send to."""
 
     def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
         """Nothing to do with them."""

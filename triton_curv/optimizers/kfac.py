@@ -490,7 +490,8 @@ class KFAC(Rebuilt):
 
     def explain(self) -> Coverage:
         """Which parameter is trained how, and why: printable, one row for each parameter."""
-        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback)
+        sent = self._exchange.bytes_sent()
+        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback, sent)
 
     def health(self) -> dict[str, dict[str, Any]]:
         """Per block: residual of the last inverses, failed tries in a row, rung of the ladder.
