@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.centre import centred_blocks, gradients_of_biases, means_of
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
@@ -18,7 +19,7 @@ from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fisher import Loss, signals
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
-from triton_curv.optimizers.regions import Lambdas, Regions
+from triton_curv.optimizers.regions import Folded, Lambdas, Regions
 from triton_curv.optimizers.traced import ALL, IDLE, Plan
 
 CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE}  # saved with the first parameter group
@@ -71,6 +72,8 @@ class Curvature:
                 if block.gains is not None and has_sample_rows(block.rule):
                     block.moments = Moments(block.rule, block.inverses)
         self.moving = [block for block in self.blocks.values() if block.moments is not None]
+        centred = centred_blocks(self.blocks.values()) if options.centred else []
+        self.folded = Folded(self.moving, centred, options.loss_scale)
         self.turned = [block for block in self.blocks.values() if block.gains is not None]
         exchange.attach(self.store, self.switch)
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
@@ -111,7 +114,14 @@ class Curvature:
     def averages_of(self, block: Block) -> dict[str, Tensor]:
         """The block's factors as they are once pending statistics are folded in."""
         how = self.options.normalisation(self.signal_scale)
-        return {name: self.store.peek(key, how) for name, key in block.keys.items()}
+        factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
+        blocks = centred_blocks([block]) if self.options.centred else []
+        gradients = gradients_of_biases(blocks, self.store.samples)
+        counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
+        for key, mean in means_of(blocks, gradients, counts, how, self.options.loss_scale).items():
+            weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
+            factors[key.name].sub_(mean.outer() * weight[:, None, None])
+        return factors
 
     def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
         """See `KFAC.count`."""
@@ -171,7 +181,7 @@ class Curvature:
         if not self.all_seen:
             self.check_taps(self.exchange.seen(store, how), self.with_gradients())
         due = None if self.options.adaptive is None else self._due_rows(steps)
-        self.regions.fold(store, self.moving, how, due, self.exchange)
+        self.regions.fold(store, self.folded, how, due, self.exchange)
         self.sampled = False
         self.draws = 0
         self._ahead = 0.0

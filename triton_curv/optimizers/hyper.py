@@ -24,10 +24,10 @@ def values_of(group: Mapping[str, Any], steps: int, options: KFACOptions, of_mod
     """The numbers of one parameter group at a step, in the order of `SLOTS`."""
     lr, momentum, (beta1, beta2) = group["lr"], group["momentum"], group.get("betas", (0.0, 0.0))
     ahead = (momentum, 1.0) if options.nesterov else (1.0, 0.0)
-    bias = 1 - momentum ** (steps + 1 + options.nesterov) if options.update_size == "rms" else 1.0
+    bias = 1 - momentum ** (steps + 1 + options.nesterov) if options.averages else 1.0
     weights = [1.0, 0.0] if group["kind"] == "fallback" else [ahead[0] / bias, ahead[1] / bias]
     of_update = [lr, momentum, group["weight_decay"], *weights]
-    of_block = [1 - momentum, lr**2, group["damping"], group["relative_damping"]]
+    of_block = [1 - momentum, 1 - momentum**steps, lr**2, group["damping"], group["relative_damping"]]
     sign = -1.0 if group["maximize"] else 1.0
     return [*of_update, *of_block, *of_model, sign, beta1, beta2, 1 - beta1, 1 - beta2, group.get("eps", 0.0)]
 

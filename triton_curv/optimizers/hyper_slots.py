@@ -1,6 +1,7 @@
 """Where each hyper-parameter lies in a row of `HyperParameters`."""
 
-# The first five are what `momentum_update_` takes; `average` is 1 - momentum; `damping_factor` multiplies dampings.
+# The first five are what `momentum_update_` takes; `average` is 1 - momentum, and `settled` the sum of the weights that
+# the momentum, an average, holds before the step: 1 - momentum^steps. `damping_factor` multiplies both dampings.
 # `signal_scale` is what a GradScaler multiplies the loss with; `sign` is -1 where the loss is maximised.
 SLOTS = (
     "lr",
@@ -9,6 +10,7 @@ SLOTS = (
     "momentum_weight",
     "update_weight",
     "average",
+    "settled",
     "lr_squared",
     "damping",
     "relative_damping",

@@ -11,12 +11,21 @@ from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.centre import Mean, centre_, gradients_of_biases, means_of
 from triton_curv.optimizers.apply import apply_
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.traced import REGION
 
 Region = Callable[..., Any]
+
+
+class Folded(NamedTuple):
+    """Blocks with second moments, blocks whose G is centred, and what the loss was multiplied with."""
+
+    moving: Sequence[Block]
+    centred: Sequence[Block]
+    loss_scale: float
 
 
 class Lambdas(NamedTuple):
@@ -35,12 +44,19 @@ class Lambdas(NamedTuple):
 
 def fold_(
     store: FactorStore,
-    moving: Sequence[Block],
+    folded: Folded,
     how: Normalisation,
     due: Tensor | None,
     exchange: Exchange,
 ) -> None:
-    """Fold pending statistics into the moving averages, those of `moving` blocks' second moments included."""
+    """Fold pending statistics into the moving averages, second moments included, and centre G."""
+    means, before, moving = dict[FactorKey, Mean](), store.folds, folded.moving
+    if folded.centred:
+        gradients = gradients_of_biases(folded.centred, store.samples)
+        counts = torch.stack((store.counts[:, 0], store.seen()))
+        gradients, counts = exchange.centres(gradients, counts)
+        means = means_of(folded.centred, gradients, counts, how, folded.loss_scale)
+        before = store.folds.clone()
     if moving:
         scale, weight = store.pending(how)
         for block in moving:
@@ -49,6 +65,7 @@ def fold_(
             block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
             block.renew_gains_()
     exchange.fold_(store, how, due)
+    centre_(store, means, before, how.decay)
 
 
 def refresh_(
