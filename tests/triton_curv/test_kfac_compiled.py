@@ -129,7 +129,8 @@ def test_every_option_traces_to_what_it_is_eagerly(name: str) -> None:
 @pytest.mark.parametrize("order", ["compile first", "scheduler first", "regions"])
 def test_schedulers_before_and_after_compiling(order: str) -> None:
     model = nn.Linear(3, 2)
-    optimizer = tc.KFAC(model, lr=0.1, compile={"backend": "eager"} if order == "regions" else False)
+    regions: Any = {"backend": "eager"} if order == "regions" else False
+    optimizer = tc.KFAC(model, lr=0.1, factor_interval=20, inverse_interval=20, compile=regions)
     step: Any = optimizer.step
     if order == "compile first":
         step = torch.compile(step, fullgraph=True, backend="eager")

@@ -50,7 +50,8 @@ def fold_(
     exchange: Exchange,
 ) -> None:
     """Fold pending statistics into the moving averages, second moments included, and centre G."""
-    means, before, moving = dict[FactorKey, Mean](), store.folds, folded.moving
+    means: dict[FactorKey, Mean] = {}
+    before, moving = store.folds, folded.moving
     if folded.centred:
         gradients = gradients_of_biases(folded.centred, store.samples)
         counts = torch.stack((store.counts[:, 0], store.seen()))
