@@ -77,7 +77,7 @@ class Curvature:
         self._ahead: Tensor | float = 0.0  # what `count` last said, if it was beside gradients
         self.events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
-        self.monitor = HealthMonitor(self.events)
+        self.monitor = HealthMonitor(self.events, quiet=exchange.place > 0)
         self.damping_gain = torch.ones((), dtype=dtype, device=device)
         # (next step, last interval, the one before) of each statistic, for the adaptive rule
         self.timers = torch.tensor([[0, 1, 1]] * len(self.store.keys), dtype=torch.int64)
@@ -136,7 +136,8 @@ class Curvature:
         if switch.traced:  # a compiled training pass has left statistics among the sampled ones
             store.unstash() if self.sampled else store.forget()
         # one stream for each micro-batch of each step, so that a resumed run draws the same
-        generator = torch.Generator(output.device).manual_seed(self.steps << 16 | self.draws)
+        place = self._exchange.place << 48  # ranks draw for other samples, so other numbers
+        generator = torch.Generator(output.device).manual_seed(place | self.steps << 16 | self.draws)
         self.draws += 1
         sent = signals(output, loss, exact=options.fisher == "exact", mask=mask, dim=dim, generator=generator)
         store.add_units(sent.units)
