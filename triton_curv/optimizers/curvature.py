@@ -84,7 +84,7 @@ class Curvature:
         self._ahead: Tensor | float = 0.0  # what `count` last said, if it was beside gradients
         self.events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
-        self.monitor = HealthMonitor(self.events)
+        self.monitor = HealthMonitor(self.events, quiet=exchange.place > 0)
         self.damping_gain = torch.ones((), dtype=dtype, device=device)
         self._gain = self.damping_gain.view(1)  # graphs take a 0-dim float64 tensor for a number
         self.group_of_block = torch.tensor(group_of_block, dtype=torch.int64, device=device)
@@ -157,7 +157,8 @@ class Curvature:
         if switch.traced:  # a compiled training pass has left statistics among the sampled ones
             store.unstash() if self.sampled else store.forget()
         # one stream for each micro-batch of each step, so that a resumed run draws the same
-        generator = torch.Generator(output.device).manual_seed(self.steps << 16 | self.draws)
+        place = self._exchange.place << 48  # ranks draw for other samples, so other numbers
+        generator = torch.Generator(output.device).manual_seed(place | self.steps << 16 | self.draws)
         self.draws += 1
         sent = signals(output, loss, exact=options.fisher == "exact", mask=mask, dim=dim, generator=generator)
         store.add_units(sent.units)
