@@ -62,7 +62,8 @@ class KFAC(Rebuilt):
         factor_interval: steps between statistics, an `EpochInterval`, or an `AdaptiveInterval` for each statistic,
             which renews its inverse at once.
         inverse_interval: steps between renewals of the inverses, or an `EpochInterval`.
-        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all.
+        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all. Steps
+            that take statistics stay longer than others: only with factor_interval=1 all steps cost about the same.
         inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A; or
             "neumann", products alone, started from the last inverse (`damped_inverse_`).
         ekfac: with "eigen", scale by second moments of the per-sample gradients in the eigenbasis instead of s_G s_A
