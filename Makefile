@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench clean
+.PHONY: help setup demo test lint type bench docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ type: setup ## check types
 bench: setup ## measure, and write tidy tables into profiles/results
 	@# exit status 3: needs a GPU, and says so
 	for file in profiles/bench_*.py; do $(BIN)/python -m profiles.$$(basename $$file .py) || [ $$? = 3 ] || exit 1; done
+
+docs: setup ## build the pages of docs/ with the API reference into build/docs
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build
 
 clean: ## remove everything that these targets made
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,6 @@ filled (`changed`): then torch must compile anew.
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -24,16 +23,16 @@ import tempfile
 import time
 import timeit
 import warnings
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from triton_curv.training.environment import commit, hardware
+from profiles.machine import append_rows
 from triton_curv_autotune import Resolver, TuningWarning
 from triton_curv_autotune.entry import Measurement, new_entry, provenance_now
 from triton_curv_autotune.key import environment
@@ -46,7 +45,8 @@ from triton_curv_kernels.factor import FactorProblem, default_config
 OP = "accumulate_factor_"
 STAND_IN = DeviceLimits(name="bench_resolve", arch="sm_90")
 ROUNDS, CALLS = 25, 1000
-FIELDS = ["date", "commit", "cpu", "gpu", "torch", "figure", "value", "unit"]
+Figures = dict[str, tuple[float, str]]
+"""Value and unit by name."""
 
 
 def problem(k: int, limits: DeviceLimits, n: int = 576) -> FactorProblem:
@@ -64,7 +64,7 @@ def fill(store: Store, limits: DeviceLimits, count: int) -> None:
         store.write(new_entry(op, environment(limits), bucket).with_measurements(times, provenance_now()))
 
 
-def look_ups(entries: int) -> dict[str, tuple[float, str]]:
+def look_ups(entries: int) -> Figures:
     """Figures that need no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
@@ -98,7 +98,7 @@ def in_turn(*calls: Callable[[], Any]) -> list[list[float]]:
     return [[seconds / CALLS * 1e6 for seconds in times] for times in zip(*rounds, strict=True)]
 
 
-def launcher() -> dict[str, tuple[float, str]]:
+def launcher() -> Figures:
     """How `accumulate_factor_` gets its config, with tensors as a training step has them."""
     rows = torch.empty(4096, 576, dtype=torch.bfloat16)
 
@@ -118,64 +118,52 @@ def launcher() -> dict[str, tuple[float, str]]:
     }
 
 
-def first_steps(entries: int) -> dict[str, tuple[float, str]]:
-    """Figures of new processes: from nothing to the end of the first compiled step."""
-    figures: dict[str, tuple[float, str]] = {}
+def first_steps(entries: int) -> Iterator[Figures]:
+    """Figures of new processes, one after another: from nothing to the end of the first compiled step."""
     limits = device_limits(torch.device("cuda")) if torch.cuda.is_available() else STAND_IN
-
-    def run(folder: str, name: str) -> None:
-        caches = {
-            "TRITON_CURV_CACHE_DIR": f"{folder}/tuned",
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        }
-        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "profiles.first_step"]
-        done = subprocess.run(command, env=os.environ | path | caches, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        figures[f"first step, {name}, wall"] = (found["wall"], "s")
-        figures[f"first step, {name}, CPU"] = (found["cpu"], "s")
-        figures[f"first step, {name}, reading the tables"] = (found["reading"] * 1e3, "ms")
-        figures[f"first step, {name}, graphs found"] = (found["hits"], "count")
-
     for store, count in (("empty store", 0), (f"store of {entries}", entries)):
         with tempfile.TemporaryDirectory() as folder:
             fill(Store(Path(folder, "tuned")), limits, count)
-            run(folder, f"{store}, cold")
-            run(folder, f"{store}, warm")
+            yield _first_step(folder, f"{store}, cold")
+            yield _first_step(folder, f"{store}, warm")
             if count:
                 fill(Store(Path(folder, "tuned")), limits, count + 1)
-                run(folder, f"{store}, changed")
-    return figures
+                yield _first_step(folder, f"{store}, changed")
+
+
+def _first_step(folder: str, name: str) -> Figures:
+    caches = {
+        "TRITON_CURV_CACHE_DIR": f"{folder}/tuned",
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+    }
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "profiles.first_step"]
+    done = subprocess.run(command, env=os.environ | path | caches, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        f"first step, {name}, wall": (found["wall"], "s"),
+        f"first step, {name}, CPU": (found["cpu"], "s"),
+        f"first step, {name}, reading the tables": (found["reading"] * 1e3, "ms"),
+        f"first step, {name}, graphs found": (found["hits"], "count"),
+    }
 
 
 def main() -> None:
-    """Measure, print, append the rows to a CSV."""
+    """Measure, print, append the rows to a CSV as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=90)
     parser.add_argument("--look-ups", action="store_true", help="no first steps, which take minutes on a CPU")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "resolve.csv")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", TuningWarning)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    machine: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "commit": commit() or "",
-        "cpu": hardware()["cpu"],
-        "gpu": gpu,
-        "torch": torch.__version__,
-    }
-    figures = look_ups(arguments.entries) | launcher()
-    if not arguments.look_ups:
-        figures |= first_steps(arguments.entries)
-    is_new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = () if arguments.look_ups else first_steps(arguments.entries)
+    for figures in chain([look_ups(arguments.entries) | launcher()], steps):
         for name, (value, unit) in figures.items():
-            print(f"{name:60} {value:10.3f} {unit}")
-            writer.writerow({**machine, "figure": name, "value": f"{value:.4g}", "unit": unit})
+            print(f"{name:60} {value:10.3f} {unit}", flush=True)
+        rows = [{"figure": name, "value": value, "unit": unit} for name, (value, unit) in figures.items()]
+        append_rows(arguments.csv, rows, device)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]
 
-Parts: tests, kernels, tune, resnet50, inverses, steps. Each runs in a process of its own, with its share of the time
-that is left; what a part left undone is said. DIR gets a log and the CSV of each part and summary.txt. Exit status: 0
-if all is well, 1 if something failed, was cut off or skipped, 3 without a GPU.
+Parts: tests, kernels, tune, resnet50, inverses, first_steps, steps. Each runs in a process of its own, with its share
+of the time that is left; what a part left undone is said. DIR gets a log and the CSV of each part and summary.txt.
+Exit status: 0 if all is well, 1 if something failed, was cut off or skipped, 3 without a GPU.
 """
 
 import argparse
@@ -66,6 +66,11 @@ def _inverses(out: Path, seconds: float) -> list[str]:
     return _python("-m", "profiles.bench_damped_inverse", "--seeds", "1", "--csv", out / "damped_inverse.csv")
 
 
+def _first_steps(out: Path, seconds: float) -> list[str]:
+    """Look-ups of configurations, and new processes to their first compiled step, with and without filled caches."""
+    return _python("-m", "profiles.bench_resolve", "--csv", out / "resolve.csv")
+
+
 def _steps(out: Path, seconds: float) -> list[str]:
     """A training step of every optimizer on a small net."""
     return _python(
@@ -80,6 +85,7 @@ PARTS = (
     Part("tune", 0.4, _tune),
     Part("resnet50", 0.6, _resnet50),
     Part("inverses", 0.4, _inverses),
+    Part("first_steps", 0.6, _first_steps),
     Part("steps", 1.0, _steps),
 )
 

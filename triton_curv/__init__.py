@@ -18,7 +18,7 @@ from triton_curv.optimizers.neumann import Neumann
 from triton_curv.optimizers.neumann_inner import NeumannInner
 from triton_curv.optimizers.newton_cg import NewtonCG
 from triton_curv.optimizers.sgn import SGN
-from triton_curv.schedules import AdaptiveInterval, EpochInterval, PolynomialDecay
+from triton_curv.schedules import AdaptiveInterval, EpochInterval, GrowingInterval, PolynomialDecay
 from triton_curv.sharding.options import Sharding
 from triton_curv_autotune import install as _install_chooser
 
@@ -46,6 +46,7 @@ __all__ = [
     # schedules
     "AdaptiveInterval",
     "EpochInterval",
+    "GrowingInterval",
     "PolynomialDecay",
     # rooms of their own
     "augment",

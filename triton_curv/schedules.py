@@ -32,6 +32,27 @@ class FixedInterval:
         return self.steps - step % self.steps
 
 
+@dataclass(frozen=True)
+class GrowingInterval:
+    """Refresh at steps 0, 1, 2, 4, 8, ... and, once that is more often, every `most` steps.
+
+    Curvature moves fastest at the start of training (arXiv 1811.12019 section 5), where one batch tells little of it.
+    """
+
+    most: int = 20
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ConfigurationError(f"expected intervals of at least 1 step, got {self.most}")
+
+    def interval(self, step: int) -> int:
+        """As many steps as have been made, at least 1 and at most `most`."""
+        return min(max(step, 1), self.most)
+
+
+GROWING = GrowingInterval()
+
+
 def osawa_growing(epoch: int) -> int:
     """min(20, 5 floor(epoch / 5) + 1): from memory, the paper's formula was not retrievable."""
     return min(20, 5 * (epoch // 5) + 1)

@@ -96,6 +96,7 @@ def launch_accumulate_factors_(
                 f"expected an fp32 factor and fp32, fp16 or bf16 rows at place {index}, got {factor.dtype} and "
                 f"{x.dtype}"
             )
+    alphas, betas = (numbers.to(torch.float32).contiguous() for numbers in (alphas, betas))
     if traces is not None:
         nonfinite = torch.empty_like(traces, dtype=torch.int32) if nonfinite is None else nonfinite
     elif nonfinite is not None:
@@ -191,6 +192,7 @@ def check_lists(
     nonfinite: Tensor | None,
 ) -> None:
     """Raise UnsupportedInputError unless the lists fit together and no two factors are one."""
+    _check_numbers(alphas, betas, len(factors))
     lengths = [len(x) for x in (factors, rows, alphas, betas, ones)]
     if len(set(lengths)) > 1:
         raise UnsupportedInputError(
@@ -201,7 +203,8 @@ def check_lists(
             check_shapes(factor, x, one)
         except UnsupportedInputError as error:
             raise UnsupportedInputError(f"place {index}: {error}") from None
-    devices = {str(tensor.device) for tensor in (*factors, *rows)}
+    numbers = [x for x in (alphas, betas) if isinstance(x, Tensor)]
+    devices = {str(tensor.device) for tensor in (*factors, *rows, *numbers)}
     if len(devices) > 1:
         raise UnsupportedInputError(f"expected all tensors on one device, got {sorted(devices)}")
     known = [factor.data_ptr() for factor in factors if factor.numel() and factor.device.type != "meta"]
@@ -216,6 +219,12 @@ def check_lists(
                 f"expected {name} ({matrices},) of {dtype}, one for each matrix, got {tuple(output.shape)} of "
                 f"{output.dtype}"
             )
+
+
+def _check_numbers(alphas: Numbers, betas: Numbers, count: int) -> None:
+    for name, given in (("alphas", alphas), ("betas", betas)):
+        if isinstance(given, Tensor) and given.dim() != 1:
+            raise UnsupportedInputError(f"expected {name} ({count},), got {tuple(given.shape)}")
 
 
 # its tables stay in memory between calls, which the private memory pools of inductor's CUDA graphs do not allow
@@ -278,6 +287,7 @@ def accumulate_factors_(
     count = len(factors)
     if count == 0:
         return
+    _check_numbers(alphas, betas, count)
     each_ones = [ones] * count if isinstance(ones, bool) else list(ones)
     rows = [x.detach() for x in rows]
     device = factors[0].device

@@ -155,6 +155,7 @@ def launch_momentum_update_(
     numel = sum(p.numel() for p in params)
     if numel == 0:
         return check()
+    hyper = hyper.contiguous()
     config = config or choose("momentum_update_", ListProblem.of(params), default_for)
     lengths = list(rescale) if rescale is not None and any(length > 0 for length in rescale) else None
     if is_traced(*lists, scales):

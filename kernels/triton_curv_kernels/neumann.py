@@ -284,6 +284,7 @@ def launch_neumann_update_(
         check()
         distance.zero_()
         return
+    hyper = hyper.contiguous()
     config = config or choose("neumann_update_", ListProblem.of(params), default_for)
     if is_traced(*lists):
         check()

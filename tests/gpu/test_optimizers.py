@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from triton.runtime.jit import JITFunction
 
 import triton_curv as tc
 
@@ -83,6 +84,28 @@ def test_steps_equal_those_of_the_cpu(name: str, device: torch.device) -> None:
 def test_a_run_repeats_bit_for_bit(name: str, device: torch.device) -> None:
     for first, second in zip(train(name, device), train(name, device), strict=True):
         assert torch.equal(first, second)
+
+
+def test_kfac_groups_its_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors of a backward pass, inverses applied and the update of all layers: one pair, three and one launch."""
+    model = network(device)
+    optimizer = tc.KFAC(model, lr=1e-2, damping=1e-2, update_size="kl_clip", factor_interval=1)
+    names: list[str] = []
+    run = JITFunction.run
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", counting)
+    for x, y in batches()[:3]:
+        names.clear()
+        functional.cross_entropy(model(x.to(device)), y.to(device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert names.count("multiply_group_kernel") == 1
+    assert "_accumulate_kernel" not in names
+    assert [names.count(f"{name}_kernel") for name in ("first", "second", "momentum_update")] == [1, 1, 1]
 
 
 def test_the_common_kfac_step_does_not_synchronise(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from profiles import bench_damped_inverse, bench_kernels, bench_resnet50, bench_steps, gpu_check
+from profiles import bench_damped_inverse, bench_kernels, bench_resnet50, bench_resolve, bench_steps, gpu_check
 from profiles.gpu_check import Part, main, run_part
 from triton_curv.cli import tuning
 from triton_curv.cli.app import app
@@ -113,6 +113,11 @@ def test_every_part_runs_a_command_with_arguments_that_it_knows(
     elif name == "inverses":
         monkeypatch.setattr(bench_damped_inverse, "rows", work)
         bench_damped_inverse.main()
+    elif name == "first_steps":
+        monkeypatch.setattr(bench_resolve, "look_ups", lambda entries: {})
+        monkeypatch.setattr(bench_resolve, "launcher", dict)
+        monkeypatch.setattr(bench_resolve, "first_steps", work)
+        bench_resolve.main()
     else:
         times = {"sgd": (1.0, 1.0), "adamw": (1.0, 1.0)}
         monkeypatch.setattr(bench_steps, "measure", lambda *arguments: [times, work(*arguments)][0])

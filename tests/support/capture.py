@@ -13,7 +13,7 @@ import triton_curv as tc
 
 def kfac(model: nn.Module, **options: Any) -> tc.KFAC:
     """Return the optimizer that captures and inverts at every step."""
-    return tc.KFAC(model, factor_interval=1, inverse_interval=1, **options)
+    return tc.KFAC(model, **{"factor_interval": 1, "inverse_interval": 1, "centred": False, **options})
 
 
 def captured(model: nn.Module, loss: Callable[[nn.Module], Tensor], **options: Any) -> tc.KFAC:

@@ -6,20 +6,22 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F  # noqa: N812 - torch's own abbreviation
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_curv as tc
+from triton_curv.errors import ConfigurationError
 from triton_curv.sharding.options import Sharding
 
 STEPS, SAMPLES = 3, 12
-SHARES = {1: (12,), 2: (6, 6), 3: (4, 4, 4)}
-UNEVEN = {1: (12,), 2: (9, 3), 3: (7, 0, 5)}
+SHARES = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
+UNEVEN = {1: (12,), 2: (9, 3), 3: (7, 0, 5), 4: (7, 0, 1, 4)}
 
 
 class Case(NamedTuple):
-    """An optimizer and its options, and how the model is wrapped: "none", "ddp" or "fsdp"."""
+    """An optimizer and its options, and how the model is wrapped: "none", "ddp", "fsdp" or "hsdp"."""
 
     optimizer: str
     wrapper: str
@@ -59,9 +61,17 @@ def loss_of(output: Tensor, y: Tensor, shares: Sequence[int]) -> Tensor:
 
 def wrapped(model: nn.Sequential, wrapper: str) -> nn.Module:
     """In DDP or FSDP2."""
-    if wrapper == "fsdp":
-        fully_shard(model[2])
-        fully_shard(model)
+    if wrapper in ("fsdp", "hsdp"):
+        world = dist.get_world_size()
+        two = (2, world // 2) if world % 2 == 0 else (1, world)
+        names = ("replicate", "shard")
+        mesh = (
+            init_device_mesh("cpu", two, mesh_dim_names=names)
+            if wrapper == "hsdp"
+            else init_device_mesh("cpu", (world,))
+        )
+        fully_shard(model[2], mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return DistributedDataParallel(model) if wrapper == "ddp" else model
 
 
@@ -75,6 +85,8 @@ def optimizer_for(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     if case.optimizer == "newton-kfac":
         kfac = tc.KFAC(model, damping=0.1, factor_interval=1, sharding=Sharding(gather="inverses"))
         return tc.NewtonCG(model, preconditioner=kfac, **options)
+    if case.optimizer == "inner":
+        return tc.NeumannInner(model, **options)
     return tc.SGN(model, **options) if case.optimizer == "sgn" else tc.NewtonCG(model, **options)
 
 
@@ -124,6 +136,19 @@ def failing(rank: int, what: str) -> list[Any]:
         lambda model: tc.SGN(model),
     ]
     return [_failing_step(build, what if rank == 1 else "nothing", rank) for build in builders]
+
+
+def refused(rank: int) -> list[str]:
+    """Errors of preconditioners that ranks can't share."""
+    found = []
+    for wrapper, sharding in (("none", Sharding()), ("fsdp", Sharding(gather="inverses"))):
+        model = wrapped(small_model(), wrapper)
+        try:
+            tc.NewtonCG(model, preconditioner=tc.KFAC(model, sharding=sharding))
+            found.append("none")
+        except ConfigurationError as error:
+            found.append(str(error))
+    return found
 
 
 def _failing_step(build: Callable[[nn.Module], Any], what: str, rank: int) -> tuple[str, bool, float]:

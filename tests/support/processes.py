@@ -12,6 +12,10 @@ PRELOADED = [
     "tests.support.processes",
     "tests.support.sharded",
     "tests.support.store_race",
+    "tests.support.killed_rank",
+    "triton_curv.cli.app",
+    "triton_curv.cli.train",
+    "sklearn.datasets",
     "triton_curv_autotune.agree",
     "torch.distributed",
 ]
@@ -24,12 +28,18 @@ def light_processes() -> ForkServerContext:
     return context
 
 
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
 def on_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
     """`work(rank, *arguments)` in a gloo group of `world` processes: what each rank returned or raised, as text."""
     context = light_processes()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = [
         context.Process(target=_run, args=(rank, world, port, pipes[rank][1], work, arguments)) for rank in range(world)

@@ -25,10 +25,24 @@ EXACT = [
     dp.Case("sgn", "none", (("product", "jvp"), *FEW), True),
     dp.Case("sgn", "ddp", (("product", "double_vjp"), *FEW)),
     dp.Case("sgn", "fsdp", (("product", "jvp"), ("momentum", 0.5), *FEW)),
+    dp.Case("sgn", "hsdp", (("product", "double_vjp"), *FEW)),
+    dp.Case("inner", "fsdp", (("inner_lr", 0.1), ("inner_steps", 3))),
+    dp.Case("neumann", "hsdp"),
     dp.Case("neumann", "ddp"),
     dp.Case("neumann", "fsdp"),
 ]
 AVERAGED = [
+    dp.Case(
+        "newton",
+        "none",
+        (
+            ("data_parallel", "average_updates"),
+            ("cg_max_iter", 4),
+            ("product", "reverse"),
+            ("line_search", True),
+            ("lr", 16.0),
+        ),
+    ),
     dp.Case("newton", "none", (("data_parallel", "average_updates"), ("cg_max_iter", 4), ("product", "reverse"))),
     dp.Case("newton", "fsdp", (("data_parallel", "average_updates"), ("cg_max_iter", 4), ("product", "reverse"))),
 ]
@@ -44,7 +58,7 @@ def close(found: tuple[list[Any], list[float]], expected: tuple[list[Any], list[
 def averaged_by_hand(case: dp.Case, world: int) -> tuple[list[Any], list[float]]:
     """Each rank's step from the same weights, on a copy of its own; then the mean of the weights."""
     model, losses = dp.small_model(), []
-    options = {key: value for key, value in case.options if key != "data_parallel"}
+    options = {key: value for key, value in case.options if key not in ("data_parallel", "line_search")}
     for step in range(dp.STEPS):
         copies = [copy.deepcopy(model) for _ in range(world)]
         own = []
@@ -52,10 +66,33 @@ def averaged_by_hand(case: dp.Case, world: int) -> tuple[list[Any], list[float]]
             part = dp.part_of(dp.batch_of(step), rank, dp.SHARES[world])
             own.append(dp.one_step(case, each, tc.NewtonCG(each, **options), part, dp.SHARES[world]))
         losses.append(sum(own) / world)
+        ways = [
+            torch.stack(others).mean(0) - p
+            for p, *others in zip(model.parameters(), *(each.parameters() for each in copies), strict=True)
+        ]
+        shorten = shortened(model, step, ways) if dict(case.options).get("line_search") else 1.0
         with torch.no_grad():
-            for p, *others in zip(model.parameters(), *(each.parameters() for each in copies), strict=True):
-                p.copy_(torch.stack(others).mean(0))
+            for p, way in zip(model.parameters(), ways, strict=True):
+                p.add_(way, alpha=shorten)
     return dp.whole(list(model.parameters())), losses
+
+
+def shortened(model: torch.nn.Module, step: int, ways: list[torch.Tensor]) -> float:
+    """Armijo's rule for the loss over all samples."""
+    x, y = dp.batch_of(step)
+
+    def loss(scale: float) -> torch.Tensor:
+        moved = {n: p + scale * w for (n, p), w in zip(model.named_parameters(), ways, strict=True)}
+        return dp.loss_of(torch.func.functional_call(model, moved, (x,)), y, dp.SHARES[1])
+
+    before = loss(0.0)
+    gradient = torch.autograd.grad(before, list(model.parameters()))
+    slope = sum(float((g * w).sum()) for g, w in zip(gradient, ways, strict=True))
+    scale, halvings = 1.0, 0
+    while not float(loss(scale)) <= float(before) + 1e-4 * scale * slope and halvings < 10:
+        scale, halvings = scale / 2, halvings + 1
+    assert halvings > 0
+    return scale
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -75,6 +112,12 @@ def test_steps_are_those_of_one_process_on_all_batches(world: int) -> None:
             expected = dp.train(case._replace(wrapper="none"), 0, dp.SHARES[1])
         for first, _ in results:
             close(first, expected, losses=case.optimizer != "neumann")  # its losses are the rank's own
+
+
+def test_preconditioners_that_ranks_can_not_share() -> None:
+    for answer in on_ranks(2, dp.refused):
+        assert "Sharding(gather='inverses'), got Sharding(gather='gradients'" in answer[0]
+        assert "the wrapper 'fsdp'" in answer[1]
 
 
 def test_all_ranks_stop_where_one_fails() -> None:

@@ -14,10 +14,12 @@ from tests.support.small_net import batches, small_net, train, weights
 from triton_curv.optimizers.kfac_options import UpdateSize
 
 
-@pytest.mark.parametrize("update_size", ["rms", "kl_clip", "none"])
+@pytest.mark.parametrize("update_size", ["matched", "rms", "kl_clip", "none"])
 def test_training_lowers_the_loss(update_size: UpdateSize) -> None:
     model = small_net()
-    lr, damping = {"rms": (1e-2, None), "kl_clip": (0.05, None), "none": (0.02, 0.1)}[update_size]
+    lr, damping = {"matched": (3e-2, None), "rms": (1e-2, None), "kl_clip": (0.05, None), "none": (0.02, 0.1)}[
+        update_size
+    ]
     optimizer = tc.KFAC(model, lr=lr, damping=damping, update_size=update_size)
     losses = train(model, optimizer, batches(1) * 40)
     assert losses[-1] < 0.1 * losses[0]
@@ -26,7 +28,7 @@ def test_training_lowers_the_loss(update_size: UpdateSize) -> None:
 def test_rms_step_has_the_size_of_lr() -> None:
     model = small_net()
     before = weights(model)
-    train(model, tc.KFAC(model, lr=0.01, momentum=0.0), batches(1))
+    train(model, tc.KFAC(model, lr=0.01, momentum=0.0, update_size="rms"), batches(1))
     moved = [b - a for a, b in zip(before, weights(model), strict=True)]
     conv, scale, shift, weight, bias = moved[:5]
     for parts in ([conv], [scale, shift], [weight, bias]):
@@ -80,7 +82,7 @@ def test_momentum_of_the_paper_is_heavy_ball() -> None:
 
 def test_rms_momentum_is_a_bias_corrected_nesterov_average() -> None:
     model = small_net().double()
-    optimizer = tc.KFAC(model, lr=0.1, momentum=0.7, factor_interval=1, inverse_interval=1)
+    optimizer = tc.KFAC(model, lr=0.1, momentum=0.7, factor_interval=1, inverse_interval=1, update_size="rms")
     buffers = {p: torch.zeros_like(p) for p in model.parameters()}
     for k, (x, y) in enumerate(batches(4), start=1):
         optimizer.zero_grad()
@@ -180,7 +182,7 @@ def test_state_of_another_model_is_refused_unchanged() -> None:
 
 def test_schedulers_built_in_either_order_change_the_step() -> None:
     model = small_net()
-    optimizer = tc.KFAC(model, lr=0.01, momentum=0.0)
+    optimizer = tc.KFAC(model, lr=0.01, momentum=0.0, update_size="rms")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     sizes = []
     for batch in batches(3):

@@ -179,7 +179,7 @@ class Twice(nn.Module):
         self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.norm(self.mix(self.embed(tokens).mT).mT)
+        x: Tensor = self.norm(self.mix(self.embed(tokens).mT).mT)
         for _ in range(3):
             x = self.block(x)
         return x

@@ -31,9 +31,8 @@ def mixture() -> tuple[list[Operator], list[Tensor]]:
     return operators, [torch.randn(s) for s in ((1, 5, 7), (2, 3, 4), (6, 2, 1), (1, 3, 6), (1, 4, 3))]
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Apply together as on a GPU; how many blocks each call took."""
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on apply together as on a GPU; how many blocks each call takes."""
     counts: list[int] = []
     apply: Callable[..., Any] = apply_damped_inverse
 
@@ -44,6 +43,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(file, "use_reference", lambda _: False)
     monkeypatch.setattr(file, "apply_damped_inverse", counting)
     return counts
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return count_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("chosen", [range(5), range(3), (3, 4), ()], ids=str)
@@ -86,15 +90,7 @@ def trained(**options: Any) -> list[Tensor]:
 def test_steps_equal_those_of_single_blocks(update_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"update_size": update_size, "damping": 1e-2, "kl_clip": 1e-3}
     expected = trained(**options)
-    counts: list[int] = []
-    apply: Callable[..., Any] = apply_damped_inverse
-
-    def counting(updates: list[Tensor], *args: Any) -> Any:
-        counts.append(len(updates))
-        return apply(updates, *args)
-
-    monkeypatch.setattr(file, "use_reference", lambda _: False)
-    monkeypatch.setattr(file, "apply_damped_inverse", counting)
+    counts = count_calls(monkeypatch)
     torch.testing.assert_close(trained(**options), expected, rtol=1e-4, atol=1e-6)
     assert counts == [3] * 4
 

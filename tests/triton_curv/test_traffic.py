@@ -15,7 +15,7 @@ from triton_curv.sharding import FactorSize, LayerSize, Machine, PlanOptions, ma
 from triton_curv.sharding.plan import Plan
 from triton_curv.sharding.report import machine_named, memory_of, shard_report
 from triton_curv.sharding.timeline import Workload, timeline, timeline_of_sgd
-from triton_curv.sharding.traffic import Transfer, Wire, bytes_per_step, of_sgd, transfers
+from triton_curv.sharding.traffic import Transfer, Wire, bytes_of_layers, bytes_per_step, of_sgd, transfers
 
 SIZES = [(5, 3), (8, 2), (3, 7), (6, 6), (2, 9)]
 LAYERS = (
@@ -103,6 +103,21 @@ def test_bytes_are_those_of_messages_sent_one_by_one(
     assert counted == [2 * expected[i] for i in range(plan.grid.size)]
 
 
+@pytest.mark.parametrize(("world", "shards", "fraction"), GRIDS)
+@pytest.mark.parametrize("parallel", ["plain", "ddp", "fsdp"])
+def test_layers_together_send_what_all_do(world: int, shards: int | None, fraction: float, parallel: str) -> None:
+    plan = make_plan(LAYERS, PlanOptions(world, shards, fraction))
+    wire = Wire(parallel, statistics=2, gradients=4)
+    found = transfers(plan, wire)
+    for rank in range(world):
+        together, layers = sum(t.sent[rank % plan.grid.size] for t in found), bytes_of_layers(plan, wire, rank)
+        assert len(layers) == len(LAYERS)
+        # integer halves and thirds are cut for each layer here, for all of them there
+        assert sum(layers) == pytest.approx(
+            together, abs=0 if (parallel, fraction, shards) == ("plain", 0, None) else 80
+        )
+
+
 def test_the_paper_sends_gradients_and_updates_as_sgd_does() -> None:
     """Reduce-scatter and all-gather together are one ring all-reduce, but for uneven shares."""
     layers = tuple(LayerSize(f"{i}", (FactorSize("A", 1, 4), FactorSize("G", 1, 4)), (1, 4, 4)) for i in range(8))
@@ -181,15 +196,18 @@ def test_timeline_hides_what_the_backward_pass_covers() -> None:
 def test_memory_shrinks_with_ranks_and_grows_with_workers() -> None:
     def most(fraction: float) -> int:
         plan = make_plan(LAYERS, PlanOptions(4, grad_worker_fraction=fraction))
-        return max(memory.total for memory in memory_of(plan))
+        return max(memory.total for memory in memory_of(plan, Wire()))
 
-    alone = memory_of(make_plan(LAYERS, PlanOptions(1)))
+    alone = memory_of(make_plan(LAYERS, PlanOptions(1)), Wire())
     dense = sum(f.dense for layer in LAYERS for f in layer.factors)
     packed = sum(f.packed for layer in LAYERS for f in layer.factors)
     gradients = sum(layer.gradient for layer in LAYERS)
     assert alone[0].total == 4 * (2 * dense + packed + 3 * gradients)
     totals = [most(fraction) for fraction in (0, 0.5, 1)]
     assert all(less < more for less, more in pairwise([*totals, alone[0].total]))
+    plan = make_plan(LAYERS, PlanOptions(4))
+    sharded = [memory.moments for memory in memory_of(plan, Wire("fsdp"))]
+    assert sum(sharded) == 4 * 4 * gradients  # matrices of gradients and updates, and both as shards
 
 
 def test_report_prints_and_is_json() -> None:

@@ -76,7 +76,7 @@ def test_factor_of_16_bits_without_ones(arch: Arch) -> None:
 
 
 @every_arch
-@pytest.mark.parametrize("shape", [FACTORS[i] for i in (0, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [FACTORS[i] for i in (0, 2, 3, 4, 5)], ids=str)
 def test_factor_of_float32(arch: Arch, shape: tuple[int, ...]) -> None:
     multiply = accumulate(arch, empty(shape), ones=True)
     assert arch == "gfx942" or (multiply.matrix_instructions == 0 and multiply.counts["FFMA"] > 0)

@@ -193,7 +193,27 @@ def test_numbers_may_be_one_or_a_tensor() -> None:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.interpreter
+def test_numbers_may_have_gaps_and_any_dtype() -> None:
+    """One number spread over all factors by `expand`, and float64."""
+    results = []
+    for alphas in (torch.full((3,), 0.5), torch.tensor(0.5).expand(3), torch.full((3, 2), 0.5).double()[:, 0]):
+        rows = [integers((9, n)) for n in (3, 17, 5)]
+        factors = [torch.zeros(x.shape[1], x.shape[1]) for x in rows]
+        launch_accumulate_factors_(factors, rows, alphas, torch.zeros(3), [False] * 3, config=SPLIT)
+        results.append(factors)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[0][1], 0.5 * rows[1].mT @ rows[1])
+
+
 def test_bad_input_is_named() -> None:
+    with pytest.raises(UnsupportedInputError, match=r"expected alphas \(1,\), got \(\)"):
+        accumulate_factors_([torch.zeros(3, 3)], [torch.ones(5, 3)], torch.tensor(1.0))
+    with pytest.raises(UnsupportedInputError, match="one device"):
+        launch_accumulate_factors_(
+            [torch.zeros(3, 3)], [torch.ones(5, 3)], torch.ones(1, device="meta"), torch.ones(1), [False]
+        )
     factor, rows = torch.zeros(3, 3), torch.ones(5, 3)
     for accumulate in (accumulate_factors_, partial(launching(SPLIT), alphas=[1.0], betas=[1.0], ones=[False])):
         with pytest.raises(UnsupportedInputError, match="place 0: expected rows"):

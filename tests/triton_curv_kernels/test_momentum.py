@@ -93,6 +93,14 @@ def test_no_tensors(update_: Update) -> None:
 
 
 @both
+def test_hyper_may_have_gaps(update_: Update) -> None:
+    args = lists([(5, 3)])
+    room = torch.full((5, 2), 7.0)
+    room[:, 0] = args.hyper
+    check(update_, args._replace(hyper=room[:, 0]))
+
+
+@both
 def test_mixed_dtypes_in_one_list(update_: Update) -> None:
     args = lists([(5, 3), (20,), (4,)])
     args.params[1] = args.params[1].bfloat16()

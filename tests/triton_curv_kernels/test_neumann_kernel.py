@@ -214,6 +214,14 @@ def test_kernel_takes_any_strides(layout: str, which: int) -> None:
 
 
 @pytest.mark.interpreter
+def test_kernel_takes_hyper_with_gaps() -> None:
+    case = make_case([(33, 5)])
+    room = torch.full((5, 2), 7.0)
+    room[:, 0] = case.hyper
+    assert_step(case._replace(hyper=room[:, 0]), launch_small)
+
+
+@pytest.mark.interpreter
 def test_kernel_is_deterministic() -> None:
     first = make_case([(1000,), (33, 5)])
     second = copy_case(first)

@@ -56,11 +56,18 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Checkpoint to continue bit for bit; it holds all options not given.")
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="ddp or fsdp: on all ranks of `torchrun --nproc-per-node N -m triton_curv train ...`."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="With --parallel: seconds to wait for a rank that is gone.")] = 600.0,
 ) -> None:
     """Train one model; Ctrl-C leaves a checkpoint that --resume continues bit for bit."""
     from triton_curv.cli.train import TrainOptions, run_train
 
-    options = TrainOptions(scenario, optimizer, lr, epochs, batch_size, seed, device, dtype, out, resume)
+    options = TrainOptions(
+        scenario, optimizer, lr, epochs, batch_size, seed, device, dtype, out, resume, parallel, timeout
+    )
     raise typer.Exit(run_train(options))
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,7 @@ from triton_curv.profiling.stopwatch import stopwatch_for
 from triton_curv.profiling.table import StageRow, rows_of
 from triton_curv.training.files import replaced_folder
 
+WIDTH = 110
 PICTURE, TABLE = "stages.png", "stages.csv"
 
 
@@ -56,6 +58,8 @@ def run_profile(
         else:
             times, totals = profile_scenario(target, optimizer, steps, where)
             title = f"{target}, {optimizer}"
+        if any(time.device > 0 for time in times.values()):
+            where = torch.device("cuda")  # a script's own choice
         roofs = measure_roofs(where, stopwatch_for(where, seconds=0.5))
     rows = rows_of(times, totals, roofs)
     title = f"{title}: {steps} steps"
@@ -63,6 +67,8 @@ def run_profile(
         draw_stages(rows, steps, title, new / PICTURE)
         _write(rows, new / TABLE)
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)  # a file or a pipe has no edge to wrap at
     console.print(_table(rows, steps, title))
     if roofs is not None:
         console.print(f"roofs of this machine: {roofs.fp32 / 1e12:.3g} TFLOP/s fp32, {roofs.memory / 1e9:.3g} GB/s")
@@ -82,20 +88,20 @@ def nsys_command(target: str, arguments: Sequence[str], optimizer: str, steps: i
 
 
 def _table(rows: Sequence[StageRow], steps: int, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("stage")
-    for name in ("calls", "ms/step", "share", "MFLOP/step", "MB/step", "GFLOP/s", "GB/s", "roof"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    for name in ("calls", "ms a\nstep", "share", "MFLOP\na step", "MB a\nstep", "GFLOP/s", "GB/s", "roof"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.stage,
             str(row.calls),
             f"{row.seconds / steps * 1e3:.4g}",
             f"{row.share:.1%}",
-            f"{row.flops / steps / 1e6:.4g}" if row.flops else "",
-            f"{row.bytes / steps / 1e6:.4g}" if row.bytes else "",
-            f"{row.tflops * 1e3:.4g}" if row.tflops else "",
-            f"{row.gbs:.4g}" if row.gbs else "",
+            f"{row.flops / steps / 1e6:.3g}" if row.flops else "",
+            f"{row.bytes / steps / 1e6:.3g}" if row.bytes else "",
+            f"{row.tflops * 1e3:.3g}" if row.tflops else "",
+            f"{row.gbs:.3g}" if row.gbs else "",
             f"{row.roof:.0%}" if row.roof is not None else "",
         )
     return table

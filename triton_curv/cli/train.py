@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from triton_curv.cli import INTERRUPTED
+from triton_curv.cli import BAD_INPUT, INTERRUPTED
+from triton_curv.errors import TritonCurvError
 from triton_curv.scenarios import Scenario, get_scenario
 from triton_curv.training.batches import steps_per_epoch
 from triton_curv.training.checkpoint import RunConfig, load_checkpoint
 from triton_curv.training.optimizers import get_optimizer
+from triton_curv.training.ranks import Ranks
 from triton_curv.training.train import CHECKPOINT_NAME, METRICS_NAME, RUN_NAME, WEIGHTS_NAME, train
 
 
@@ -32,20 +36,41 @@ class TrainOptions:
     dtype: str | None
     out: Path | None
     resume: Path | None
+    parallel: str | None = None
+    timeout: float = 600.0
 
 
 def run_train(options: TrainOptions) -> int:
-    """Train as the options say; returns 0, or 130 after Ctrl-C."""
+    """Train as the options say, alone or with the ranks that torchrun started; returns 0, or 130 after Ctrl-C."""
+    if options.parallel is None:
+        return _run(options, None)
+    from triton_curv.training.ranks import joined
+
+    wait = timedelta(seconds=options.timeout)
+    with joined(options.parallel, options.optimizer or "kfac", options.device, wait) as ranks:
+        try:
+            return _run(options, ranks)
+        except TritonCurvError:
+            if ranks.first:
+                raise
+            return BAD_INPUT  # all ranks fail alike, the first says why
+
+
+def _run(options: TrainOptions, ranks: Ranks | None) -> int:
     scenario = get_scenario(options.scenario)
+    if ranks is not None:
+        options = _restarted(options)
     if options.resume is None:
         resume, config = None, _new_config(options, scenario)
-        out = options.out or Path("runs") / f"{config.scenario}-{config.optimizer}-{config.seed}"
+        out = _folder(options, config)
     else:
         resume = options.resume / CHECKPOINT_NAME if options.resume.is_dir() else options.resume
         config, out = _resumed_config(options, resume), options.out or resume.parent
 
-    console = Console()
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(quiet=ranks is not None and not ranks.first)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
     task = bar.add_task(f"{config.scenario}  {config.optimizer}  lr {config.lr:g}")
 
     def show_step(step: int, total: int) -> None:
@@ -61,7 +86,8 @@ def run_train(options: TrainOptions) -> int:
             config,
             options.epochs,
             out,
-            device=options.device,
+            device=options.device if ranks is None else str(ranks.device),
+            ranks=ranks,
             resume=resume,
             on_step=show_step,
             on_epoch=show_epoch,
@@ -71,7 +97,8 @@ def run_train(options: TrainOptions) -> int:
             bar.stop()
     if outcome.interrupted:
         command = f"triton-curv train {config.scenario} --epochs {outcome.epochs} --resume {outcome.checkpoint}"
-        print(f"stopped at step {outcome.step}; continue with: {command}", file=sys.stderr)
+        if ranks is None or ranks.first:
+            print(f"stopped at step {outcome.step}; continue with: {command}", file=sys.stderr)
         return INTERRUPTED
     console.print(
         f"{out}: {CHECKPOINT_NAME}, {WEIGHTS_NAME}, {METRICS_NAME}, {RUN_NAME}",
@@ -79,6 +106,19 @@ def run_train(options: TrainOptions) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def _restarted(options: TrainOptions) -> TrainOptions:
+    """After a restart by torchrun: continue from the last checkpoint, if there is one."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or options.resume is not None:
+        return options
+    config = _new_config(options, get_scenario(options.scenario))
+    checkpoint = _folder(options, config) / CHECKPOINT_NAME
+    return replace(options, resume=checkpoint) if checkpoint.exists() else options
+
+
+def _folder(options: TrainOptions, config: RunConfig) -> Path:
+    return options.out or Path("runs") / f"{config.scenario}-{config.optimizer}-{config.seed}"
 
 
 def _new_config(options: TrainOptions, scenario: Scenario) -> RunConfig:

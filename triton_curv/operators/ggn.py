@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_curv.costs import Cost
 from triton_curv.nvtx import stage
 from triton_curv.operators.cheap import CheapDerivatives
 from triton_curv.operators.choice import Choice, fastest
@@ -156,7 +155,7 @@ class GaussNewtonOperator:
         if not self._closure.streams:
             self._kept.append(linearisation)
 
-    @stage("product", payload=lambda operator, vectors: Cost(0, 2 * sum(v.nbytes for v in vectors)))
+    @stage("product", payload=lambda operator, vectors: 2 * sum(v.nbytes for v in vectors))
     def __call__(self, vectors: Vectors) -> Vectors:
         """G v; v and the result shaped as the parameters, in v's dtypes."""
         narrow = [v.to(p.dtype) for v, p in zip(vectors, self._params, strict=True)]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from triton_curv.costs import Cost
 from triton_curv.nvtx import stage
 from triton_curv.operators.cheap import CheapDerivatives
 from triton_curv.operators.choice import Choice, fastest
@@ -136,7 +135,7 @@ class HessianOperator:
         """[v] -> [H_ii v], the diagonal block of one parameter."""
         return lambda vectors: self._times(vectors, [index])
 
-    @stage("product", payload=lambda operator, vectors, rows: Cost(0, 2 * sum(v.nbytes for v in vectors)))
+    @stage("product", payload=lambda operator, vectors, rows: 2 * sum(v.nbytes for v in vectors))
     def _times(self, vectors: Vectors, rows: Sequence[int]) -> Vectors:
         narrow = [v.to(self._params[i].dtype) for i, v in zip(rows, vectors, strict=True)]
         methods = {"reverse": self._reverse, "forward": self._forward, "compiled": self._by_compiled}

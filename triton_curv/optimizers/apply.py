@@ -51,8 +51,9 @@ def apply_(
     healthy = known_true(finite)
     if not healthy:
         skipped.add_(~finite)
+    agreed = agreement(work, options, exchange)
     for each, scale in zip(work, scales(work, norms, sums, options, exchange), strict=True):
-        move_(each, scale, None if healthy else finite)
+        move_(each, scale, agreed, None if healthy else finite)
     if options.rescale != "none":
         fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
         rescale_(fans, options.rescale, finite, exchange)
@@ -74,15 +75,46 @@ def precondition(lists: Lists, samples: Tensor, options: KFACOptions, applied: S
     return None
 
 
+def targets(lists: Lists, options: KFACOptions) -> Tensor:
+    """Norms of the blocks' steps before averaging: root mean square 1 for "rms", sqrt(64 / inputs) for "matched"."""
+    return lists.root_sizes if options.update_size == "rms" else lists.root_sizes * lists.fan_scales
+
+
+def smallest(lists: Lists) -> Tensor:
+    """Norm of each block's step if every number's square were the smallest normal one."""
+    least: float = torch.finfo(lists.root_sizes.dtype).tiny ** 0.5
+    return lists.root_sizes * least
+
+
+def agreement(work: Sequence[Work], options: KFACOptions, exchange: Exchange) -> Tensor | None:
+    """How far the last steps agree, in (0, 1], (): what "matched" multiplies lr with.
+
+    The norm of their average over the mean of their norms, averaged over blocks: 1 where all point the same way, and
+    sqrt((1 - momentum)/(1 + momentum)) where all are noise. Steps get shorter by themselves where they begin to fight
+    one another, as at the end of training, which lets lr be large. From the momentum that the last step left.
+    """
+    if options.update_size != "matched" or not work:
+        return None
+    norms = exchange.momentum_norms([each.lists for each in work])
+    ratios = [
+        norm / (targets(each.lists, options) * each.hyper[SLOT["settled"]])
+        for each, norm in zip(work, norms, strict=True)
+    ]
+    mean = torch.cat(ratios).mean().clamp_max(1.0)
+    return torch.where(mean > 0, mean, 1.0)  # before the first step there is no momentum: 0 / 0
+
+
 def _cost_of_solving(lists: Lists, applied: Sequence[bool]) -> Cost:
     rows = zip(lists.operators, lists.row_grads, applied, strict=True)
     return sum((solving_cost(operator, grad) for operator, grad, is_here in rows if is_here), NOTHING)
 
 
-@stage("update", payload=lambda work, scale, happens: update_cost(work.lists.flat_updates.numel()))
-def move_(work: Work, scale: Tensor, happens: Tensor | None) -> None:
-    """Momentum, decay and update of one parameter group; nothing where `happens` is False."""
+@stage("update", payload=lambda work, scale, agreed, happens: update_cost(work.lists.flat_updates.numel()))
+def move_(work: Work, scale: Tensor, agreed: Tensor | None, happens: Tensor | None) -> None:
+    """Momentum, decay and update of one parameter group, lr times `agreed`; nothing where `happens` is False."""
     lists, hyper = work.lists, work.hyper[:OF_UPDATE]
+    if agreed is not None:
+        hyper = torch.cat([hyper[:1] * agreed, hyper[1:2], hyper[2:3] / agreed, hyper[3:]])
     if happens is not None:
         lists.flat_updates.masked_fill_(~happens, 0.0)
         scale = torch.where(happens, scale, 0.0)
@@ -100,9 +132,10 @@ def scales(
     exchange: Exchange,
 ) -> list[Tensor]:
     """What each block's update is multiplied with on its way into the momentum, one vector for each group."""
-    if options.update_size == "rms":  # step of root mean square 1; the momentum is an average, hence 1 - momentum
+    if options.averages:  # the momentum is an average, hence 1 - momentum
+        # numbers whose squares underflow have a norm of 0: their steps stay short, instead of becoming huge
         return [
-            each.lists.root_sizes * each.hyper[SLOT["average"]] / n.clamp_min(torch.finfo(n.dtype).tiny)
+            targets(each.lists, options) * each.hyper[SLOT["average"]] / torch.maximum(n, smallest(each.lists))
             for each, n in zip(work, norms, strict=True)
         ]
     if options.update_size == "none" or not work:

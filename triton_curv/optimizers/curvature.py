@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_curv.blocks import Block, FactorStore, Rule
-from triton_curv.blocks.bank import FactorKey
+from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.centre import Mean, centre_, centred_blocks, gradients_of_biases, means_of
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
@@ -97,7 +98,24 @@ class Curvature:
     def averages_of(self, block: Block) -> dict[str, Tensor]:
         """The block's factors as they are once pending statistics are folded in."""
         how = self.options.normalisation(self.signal_scale)
-        return {name: self.store.peek(key, how) for name, key in block.keys.items()}
+        factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
+        for key, mean in self._means(how, [block]).items():
+            weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
+            factors[key.name].sub_(mean.outer() * weight[:, None, None])
+        return factors
+
+    def _means(
+        self, how: Normalisation, blocks: Sequence[Block], exchange: Exchange | None = None
+    ) -> dict[FactorKey, Mean]:
+        """Mean signals to centre G with: those of this rank, or with an exchange those of all."""
+        blocks = centred_blocks(blocks) if self.options.centred else []
+        if not blocks:
+            return {}
+        gradients = gradients_of_biases(blocks, self.store.samples)
+        counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
+        if exchange is not None:
+            gradients, counts = exchange.centres(gradients, counts)
+        return means_of(blocks, gradients, counts, how, self.options.loss_scale)
 
     def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
         """See `KFAC.count`."""
@@ -165,7 +183,10 @@ class Curvature:
             self._check_taps()
         how = self.options.normalisation(self.signal_scale)
         due = None if self.options.adaptive is None else self._due_rows(steps)
+        means = self._means(how, list(self.blocks.values()), self._exchange)
+        before = store.folds.clone() if means else store.folds
         fold_(store, self._moving, how, due, self._exchange)
+        centre_(store, means, before, how.decay)
         self.sampled = False
         self.draws = 0
         self._ahead = 0.0

@@ -11,7 +11,7 @@ from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
 from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
-from triton_curv.optimizers.matrices import Lists, MatrixGroup
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
 
 
 class Exchange(Protocol):
@@ -32,6 +32,9 @@ class Exchange(Protocol):
 
     def seen(self, store: FactorStore, how: Normalisation) -> Tensor:
         """Which blocks have pending statistics, on any rank: (blocks,)."""
+
+    def centres(self, gradients: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Before a fold: gradients of some parameters and `counts`, a sum, as they are over all ranks."""
 
     def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
         """Fold the pending statistics of all ranks into the averages, where these are."""
@@ -54,6 +57,9 @@ class Exchange(Protocol):
     def norms(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """||P|| of each block, one vector for each parameter group; `sums`: of each group on this rank, if known."""
 
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """Norm of the momentum of each block, one vector for each parameter group."""
+
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """<P, D> over all blocks of each parameter group, ()."""
 
@@ -72,6 +78,9 @@ class Exchange(Protocol):
     def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
         """The optimizer's state, whole: `factors` says which parameter holds each factor's."""
 
+    def bytes_sent(self) -> Sequence[int] | None:
+        """What this rank sends for each block in a step in which everything is due; None: nothing."""
+
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Raise RankMismatchError unless all ranks have the same model, options and weights."""
 
@@ -80,6 +89,9 @@ class Alone:
     """One rank."""
 
     held: Held | None = None
+
+    def bytes_sent(self) -> None:
+        """There is nobody to send to."""
 
     def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
         """Nothing to do with them."""
@@ -94,6 +106,10 @@ class Alone:
     def seen(self, store: FactorStore, how: Normalisation) -> Tensor:
         """On this rank."""
         return store.seen() > 0
+
+    def centres(self, gradients: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As they are."""
+        return list(gradients), counts
 
     def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
         """Here."""
@@ -125,6 +141,10 @@ class Alone:
             torch.stack(torch._foreach_norm(each.row_updates)) if known is None else known.squares.sqrt()
             for each, known in zip(lists, sums, strict=True)
         ]
+
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """Of what is here."""
+        return [momentum_squares(each).sqrt() for each in lists]
 
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """Of what is here."""

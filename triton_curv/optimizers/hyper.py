@@ -11,7 +11,8 @@ from torch import Tensor
 
 from triton_curv.optimizers.kfac_options import KFACOptions
 
-# The first five are what `momentum_update_` takes; `average` is 1 - momentum.
+# The first five are what `momentum_update_` takes; `average` is 1 - momentum, and
+# `settled` the sum of the weights that the momentum, an average, holds before the step: 1 - momentum^steps.
 SLOTS = (
     "lr",
     "momentum",
@@ -19,6 +20,7 @@ SLOTS = (
     "momentum_weight",
     "update_weight",
     "average",
+    "settled",
     "lr_squared",
     "damping",
     "relative_damping",
@@ -31,9 +33,9 @@ def values_of(group: Mapping[str, Any], steps: int, options: KFACOptions) -> lis
     """The numbers of one parameter group at a step, in the order of `SLOTS`."""
     lr, momentum = group["lr"], group["momentum"]
     ahead = (momentum, 1.0) if options.nesterov else (1.0, 0.0)
-    bias = 1 - momentum ** (steps + 1 + options.nesterov) if options.update_size == "rms" else 1.0
+    bias = 1 - momentum ** (steps + 1 + options.nesterov) if options.averages else 1.0
     of_update = [lr, momentum, group["weight_decay"], ahead[0] / bias, ahead[1] / bias]
-    return [*of_update, 1 - momentum, lr**2, group["damping"], group["relative_damping"]]
+    return [*of_update, 1 - momentum, 1 - momentum**steps, lr**2, group["damping"], group["relative_damping"]]
 
 
 class HyperParameters:

@@ -11,9 +11,9 @@ from triton_curv.inverse import InverseName
 from triton_curv.optimizers.fallback import FallbackName
 from triton_curv.optimizers.fisher import FisherName
 from triton_curv.optimizers.groups import choose
-from triton_curv.schedules import AdaptiveInterval, FixedInterval, RefreshSchedule
+from triton_curv.schedules import GROWING, AdaptiveInterval, FixedInterval, RefreshSchedule
 
-UpdateSize = Literal["rms", "kl_clip", "none"]
+UpdateSize = Literal["matched", "rms", "kl_clip", "none"]
 Reduction = Literal["mean", "sum"]
 Rescale = Literal["none", "paper", "code"]
 
@@ -26,15 +26,16 @@ class KFACOptions:
     """
 
     fisher: FisherName = "empirical"
+    centred: bool = True
     fallback: FallbackName = "adamw"
     inverse: InverseName = "cholesky"
     ekfac: bool = False
-    update_size: UpdateSize = "rms"
+    update_size: UpdateSize = "matched"
     nesterov: bool = True
     kl_clip: float = 1e-3
     factor_decay: float = 0.95
-    factor_interval: int | RefreshSchedule | AdaptiveInterval = 20
-    inverse_interval: int | RefreshSchedule = 20
+    factor_interval: int | RefreshSchedule | AdaptiveInterval = GROWING
+    inverse_interval: int | RefreshSchedule = GROWING
     refresh_budget: int | None = None
     damping_rule: DampingRule = field(default_factory=ConstantDamping)
     rescale: Rescale = "none"
@@ -59,6 +60,8 @@ class KFACOptions:
                 "expected factor_decay in [0, 1), kl_clip > 0 and loss_scale > 0, got "
                 f"{self.factor_decay=}, {self.kl_clip=}, {self.loss_scale=}"
             )
+        if self.centred and self.fisher != "empirical":
+            raise ConfigurationError(f"expected fisher='empirical' with centred=True, got {self.fisher!r}")
         if self.ekfac and self.inverse != "eigen":
             raise ConfigurationError(f"expected inverse='eigen' with ekfac=True, got {self.inverse!r}")
         if self.adaptive is not None and (self.ekfac or self.refresh_budget is not None):
@@ -66,6 +69,11 @@ class KFACOptions:
                 "expected no ekfac and no refresh_budget with an AdaptiveInterval, which renews each inverse with its "
                 f"statistic, got ekfac={self.ekfac}, refresh_budget={self.refresh_budget}"
             )
+
+    @property
+    def averages(self) -> bool:
+        """Whether the momentum is an average of steps, with bias correction, rather than their sum."""
+        return self.update_size in ("matched", "rms")
 
     @property
     def adaptive(self) -> AdaptiveInterval | None:

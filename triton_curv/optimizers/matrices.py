@@ -11,6 +11,8 @@ from triton_curv.blocks import Block, ConvRule, DenseRule, Rule
 from triton_curv.blocks.operator import Operator
 from triton_curv.errors import NoStatisticsError
 
+REFERENCE_FAN_IN = 64
+
 
 class Part(NamedTuple):
     """One parameter of a block, and the views of the flat buffers that belong to it, in the parameter's shape.
@@ -48,8 +50,10 @@ class Lists(NamedTuple):
     flat_grads: Tensor
     flat_updates: Tensor
     root_sizes: Tensor
+    fan_scales: Tensor
     idle: Tensor  # hyper-parameters of a step that changes nothing: see `momentum_update_`
     row_of_param: list[int]
+    row_index: Tensor  # the same, on the device
     block_indices: list[int]
     fans_out: list[int]
 
@@ -58,6 +62,32 @@ def fan_out(rule: Rule, name: str) -> int:
     """d_out of a weight that weights rescaling is meant for, 0 for other parameters."""
     groups, rows, _ = rule.matrix_shape
     return groups * rows if isinstance(rule, DenseRule | ConvRule) and name == "weight" else 0
+
+
+def fan_scale(rule: Rule) -> float:
+    """sqrt(64 / columns) of a layer whose inputs have a dense factor A, else 1.
+
+    Steps of that root mean square change the outputs of narrow and wide layers alike, and that of a layer with 64
+    inputs as those of root mean square 1 do.
+    """
+    dense = any(name[0] == "A" and shape.size > 1 for name, shape in rule.factor_shapes.items())
+    return (REFERENCE_FAN_IN / rule.matrix_shape[2]) ** 0.5 if dense else 1.0
+
+
+def fan_scales(rows: Sequence[Row], like: Tensor) -> Tensor:
+    """`fan_scale` of each block."""
+    return torch.tensor([fan_scale(row.block.rule) for row in rows], dtype=like.dtype, device=like.device)
+
+
+def row_index(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The number of its block for each parameter."""
+    return torch.tensor([i for i, row in enumerate(rows) for _ in row.parts], dtype=torch.int64, device=device)
+
+
+def momentum_squares(lists: Lists) -> Tensor:
+    """||m||^2 of what lies here of each block's momentum, (blocks,)."""
+    squares = torch.stack(torch._foreach_norm(lists.momenta)).square()
+    return torch.zeros_like(lists.root_sizes).index_add_(0, lists.row_index, squares)
 
 
 class MatrixGroup:
@@ -111,8 +141,10 @@ class MatrixGroup:
             flat_grads=self.grads,
             flat_updates=self.updates,
             root_sizes=sizes.sqrt(),
+            fan_scales=fan_scales(rows, sizes),
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
+            row_index=row_index(rows, sizes.device),
             block_indices=[row.block.index for row in rows],
             fans_out=[part.fan_out for part in parts],
         )

@@ -53,7 +53,7 @@ AUTOENCODER = Scenario(
         "sgd": 1e-3,
         "adamw": 1e-3,
         "neumann": 1e-3,
-        "kfac": 3e-3,
+        "kfac": 3e-2,
         "newton-cg": 1e-1,
         "neumann-inner": 1e-3,
     },

@@ -70,7 +70,7 @@ BNN_MNIST = Scenario(
         "sgd": 1e-1,
         "adamw": 1e-2,
         "neumann": 1e-1,
-        "kfac": 1e-2,
+        "kfac": 3e-2,
         "newton-cg": 1e-1,
         "neumann-inner": 3e-2,
     },

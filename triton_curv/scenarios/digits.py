@@ -65,7 +65,7 @@ DIGITS_CNN = Scenario(
         "sgd": 1e-1,
         "adamw": 1e-2,
         "neumann": 1e-1,
-        "kfac": 3e-3,
+        "kfac": 3e-2,
         "newton-cg": 1e-1,
         "neumann-inner": 3e-2,
     },

@@ -99,7 +99,7 @@ TINY_GPT = Scenario(
         "sgd": 1e-1,
         "adamw": 3e-3,
         "neumann": 1e-1,
-        "kfac": 3e-3,
+        "kfac": 3e-2,
         "newton-cg": 1e-1,
         "neumann-inner": 3e-2,
     },

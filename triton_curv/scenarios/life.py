@@ -74,7 +74,7 @@ REG_LIF = Scenario(
         "sgd": 3e-2,
         "adamw": 3e-2,
         "neumann": 1e-1,
-        "kfac": 1e-2,
+        "kfac": 3e-2,
         "newton-cg": 3e-2,
         "neumann-inner": 3e-2,
     },

@@ -31,7 +31,7 @@ MNIST_MLP = Scenario(
         "sgd": 3e-1,
         "adamw": 1e-2,
         "neumann": 3e-1,
-        "kfac": 3e-3,
+        "kfac": 3e-2,
         "newton-cg": 1e-1,
         "neumann-inner": 1e-1,
     },

@@ -40,7 +40,7 @@ LEARNING_RATES = {
     "sgd": 3e-2,
     "adamw": 3e-2,
     "neumann": 3e-2,
-    "kfac": 1e-2,
+    "kfac": 3e-2,
     "newton-cg": 1.0,
     "neumann-inner": 3e-2,
 }

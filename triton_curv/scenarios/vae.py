@@ -54,7 +54,7 @@ VAE_MNIST = Scenario(
         "sgd": 1e-3,
         "adamw": 1e-2,
         "neumann": 1e-3,
-        "kfac": 3e-3,
+        "kfac": 3e-2,
         "newton-cg": 3e-1,
         "neumann-inner": 1e-3,
     },

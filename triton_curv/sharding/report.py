@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from triton_curv.errors import ConfigurationError
+from triton_curv.sharding.buckets import even_splits
 from triton_curv.sharding.costs import A100, H100, V100, Machine
 from triton_curv.sharding.layers import LayerSize
 from triton_curv.sharding.plan import Plan, PlanOptions, make_plan
@@ -19,7 +20,8 @@ MIB, MILLION = 2**20, 10**6
 class Memory:
     """Bytes of K-FAC's state on one rank: pending sums of all layers, averages it owns, inverses it works with.
 
-    `moments` are gradient matrices, updates and momentum of all blocks.
+    `moments` are gradients and updates as matrices, and momentum: of all blocks; under FSDP2 matrices of the layers
+    that this rank preconditions, updates and momentum of its shards.
     """
 
     sums: int
@@ -166,25 +168,27 @@ def shard_report(
         wire,
         sent,
         sgd_sent,
-        memory_of(plan),
+        memory_of(plan, wire),
         timeline(plan, sent, wire, workload, machine) if workload else None,
         timeline_of_sgd(sgd_sent, workload, machine) if workload else None,
     )
 
 
-def memory_of(plan: Plan, itemsize: int = 4) -> tuple[Memory, ...]:
+def memory_of(plan: Plan, wire: Wire, itemsize: int = 4) -> tuple[Memory, ...]:
     """What each rank of a replica holds."""
     sums = sum(f.dense for layer in plan.layers for f in layer.factors)
-    moments = 3 * plan.bucket_gradients.length
-    return tuple(
-        Memory(
-            sums * itemsize,
-            sum(plan.layers[i].factors[f].packed for i, f in plan.factors_of(position)) * itemsize,
-            sum(f.dense for i in plan.layers_of(position) for f in plan.layers[i].factors) * itemsize,
-            moments * itemsize,
-        )
-        for position in range(plan.grid.size)
-    )
+    gradients = plan.bucket_gradients
+    shards = even_splits(gradients.length, plan.grid.size)
+    found = []
+    for position in range(plan.grid.size):
+        layers = [plan.layers[i] for i in plan.layers_of(position)]
+        owned = sum(plan.layers[i].factors[f].packed for i, f in plan.factors_of(position))
+        moments = 3 * gradients.length
+        if wire.parallel == "fsdp":
+            moments = 2 * (gradients.splits[position % plan.grid.columns] + shards[position])
+        inverses = sum(f.dense for layer in layers for f in layer.factors)
+        found.append(Memory(sums * itemsize, owned * itemsize, inverses * itemsize, moments * itemsize))
+    return tuple(found)
 
 
 def machine_named(name: str) -> Machine:

@@ -10,8 +10,9 @@ from torch import Tensor
 from triton_curv.blocks import Block, Rule
 from triton_curv.blocks.operator import Sums
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.kfac_options import KFACOptions
-from triton_curv.optimizers.matrices import Lists, MatrixGroup
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
 from triton_curv.sharding.options import Sharding
 from triton_curv.sharding.ranks import Found
 from triton_curv.sharding.shards import ShardGroup, ShardTransport
@@ -65,6 +66,7 @@ class ShardTeam(Team):
             if self.options.reduction == "sum" and each.row_grads:
                 torch._foreach_mul_(each.row_grads, self.world)
 
+    @stage("all-gather", payload=lambda team, lists: sum(m.nbytes for each in lists for m in each.row_updates))
     def updates_(self, lists: Sequence[Lists]) -> None:
         """Updates to the shards."""
         if lists:
@@ -80,6 +82,13 @@ class ShardTeam(Team):
                 own = torch.stack(torch._foreach_norm(each.row_updates)).square()
                 total[self._places(each)] = own
         return [total.sqrt() for total in self._from_workers(squares)]
+
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """From the shards of momenta, which all ranks of a replica hold."""
+        if not lists:
+            return []
+        squares = self.channels.replica.all_reduce(torch.cat([momentum_squares(each) for each in lists])).wait()
+        return list(squares.sqrt().split([len(each.root_sizes) for each in lists]))
 
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """<P, D> of this rank's blocks, summed over the workers."""

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 from triton_curv.blocks import Block
-from triton_curv.optimizers.matrices import Lists, MatrixGroup, Part, Row, fan_out
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, Part, Row, fan_out, fan_scales, row_index
 from triton_curv.sharding.buckets import even_splits
 from triton_curv.sharding.exchange import Channel
 from triton_curv.sharding.local import local
@@ -93,8 +93,10 @@ class ShardGroup(MatrixGroup):
             flat_grads=self.grads,
             flat_updates=self.updates,
             root_sizes=sizes.sqrt(),
+            fan_scales=fan_scales(rows, sizes),
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
+            row_index=row_index(rows, sizes.device),
             block_indices=[row.block.index for row in own],
             fans_out=[part.fan_out for part in parts],
         )

@@ -18,7 +18,7 @@ from triton_curv.capture import CaptureSwitch
 from triton_curv.errors import ConfigurationError
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.kfac_options import KFACOptions
-from triton_curv.optimizers.matrices import Lists, MatrixGroup
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
 from triton_curv.sharding.exchange import gather_pieces
 from triton_curv.sharding.inverses import share_inverses_, share_status_
 from triton_curv.sharding.layers import layer_sizes
@@ -27,6 +27,7 @@ from triton_curv.sharding.plan import Plan, PlanOptions, make_plan
 from triton_curv.sharding.ranks import Found, open_channels, require_equal
 from triton_curv.sharding.state import entries_of, whole_state
 from triton_curv.sharding.statistics import StatisticsExchange
+from triton_curv.sharding.traffic import Wire, bytes_of_layers
 
 MIB = 1 << 20
 
@@ -110,6 +111,8 @@ class Team:
         if self.channels.column.size > 1:
             store.across = lambda rows: self.statistics.across(rows, self.channels.column)
 
+    _shared = False  # whether `gradients_` has averaged this step's
+
     def matrices_of(self, blocks: Sequence[Block], like: Tensor) -> MatrixGroup:
         """Of all blocks."""
         return MatrixGroup(blocks, like.dtype, like.device)
@@ -121,6 +124,7 @@ class Team:
 
         Under DDP that is so already. The flags are read on the host.
         """
+        self._shared = True
         if self.averages is None or self.world == 1:
             return
         device = self.store.samples.device
@@ -143,6 +147,7 @@ class Team:
 
     def matrices_(self, lists: Sequence[Lists], grads: Sequence[Sequence[Tensor]]) -> None:
         """Gradients as matrices; with "reduce_scatter" the averages of those that this rank preconditions."""
+        self._shared = False  # those of the next step are not averaged yet
         for each, given in zip(lists, grads, strict=True):
             torch._foreach_copy_(each.grads, list(given))
             if self.options.reduction == "sum" and self.averages is None:
@@ -194,6 +199,10 @@ class Team:
         """All ranks have all updates."""
         return [torch.stack(torch._foreach_norm(each.row_updates)) for each in lists]
 
+    def momentum_norms(self, lists: Sequence[Lists]) -> list[Tensor]:
+        """All ranks have all momenta."""
+        return [momentum_squares(each).sqrt() for each in lists]
+
     def products(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """With "reduce_scatter" each rank knows the gradients of its layers only; the others are zero."""
         local = [torch.dot(each.flat_updates, each.flat_grads) for each in lists]
@@ -223,6 +232,19 @@ class Team:
         """Blocks of which any rank has pending statistics. A collective."""
         return self.statistics.totals(how)[0].counts[:, 1] > 0
 
+    def centres(self, gradients: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
+        """One all-reduce, of gradients too where nobody has averaged them yet."""
+        done = self.averages is None or (self.averages == "all_reduce" and self._shared)
+        local = counts.flatten() if done else torch.cat([counts.flatten(), *(g.flatten() for g in gradients)])
+        total = self.channels.everyone.all_reduce(local).wait()
+        counts, rest = total[: counts.numel()].view_as(counts), total[counts.numel() :]
+        summed = self.options.reduction == "sum"
+        if done:
+            factor = self.world if summed and self.averages is None else 1
+            return [g * factor for g in gradients], counts
+        parts = (rest if summed else rest / self.world).split([g.numel() for g in gradients])
+        return [part.view_as(g) for part, g in zip(parts, gradients, strict=True)], counts
+
     def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
         """Reduce-scatter of packed triangles, then `store.fold_` of this rank's share."""
         self.statistics.fold(how, due)
@@ -249,6 +271,12 @@ class Team:
         """The state with what single ranks know, on all. `factors`: the parameter that holds each. A collective."""
         owned = [(self.held.owners[key], index, key.name) for key, index in factors.items()]
         return whole_state(state, entries_of(state, owned), self.channels.replica, self.store.samples)
+
+    def bytes_sent(self) -> Sequence[int]:
+        """By the plan."""
+        parallel = "plain" if self.averages is not None else "fsdp" if self.ddp is None else "ddp"
+        itemsize = (self.sharding.wire or self.store.samples.dtype).itemsize
+        return bytes_of_layers(self.plan, Wire(parallel, itemsize, itemsize), self.channels.place)
 
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """All ranks have the same model, options and weights, or all raise RankMismatchError."""

@@ -70,7 +70,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save_checkpoint(path: Path, config: RunConfig, trainer: Trainer, history: list[dict[str, float]]) -> None:
-    """Write the run to ``path``; a failure or a kill at any moment leaves the previous checkpoint."""
+    """Write the run to ``path``; a failure or a kill at any moment leaves the previous checkpoint.
+
+    On several ranks all call it, and the first writes.
+    """
     content = {
         "format": FORMAT,
         "versions": versions(),
@@ -79,7 +82,8 @@ def save_checkpoint(path: Path, config: RunConfig, trainer: Trainer, history: li
         "random": random_state(),
         "history": history,
     }
-    write_atomically(path, lambda file: torch.save(content, file))
+    if trainer.ranks is None or trainer.ranks.first:
+        write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -13,12 +13,14 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from triton_curv.scenarios import get_scenario
 from triton_curv.training.checkpoint import RunConfig, load_checkpoint, require_same_run, restore, save_checkpoint
 from triton_curv.training.environment import commit, hardware, versions
 from triton_curv.training.errors import DeviceError, OutputError, SettingError
 from triton_curv.training.files import require_folder, write_atomically
+from triton_curv.training.ranks import Ranks
 from triton_curv.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -65,6 +67,7 @@ def train(
     resume: Path | None = None,
     on_step: Callable[[int, int], None] = lambda step, total: None,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+    ranks: Ranks | None = None,
 ) -> TrainOutcome:
     """Train until the run has ``epochs`` epochs behind it; write into the folder ``out``.
 
@@ -80,6 +83,7 @@ def train(
         resume: Checkpoint file to continue from.
         on_step: Called with (steps done, steps in all).
         on_epoch: Called with each row of the history.
+        ranks: Processes that run this together; the first of them writes and is called.
 
     Raises:
         TrainingError: For a bad setting, device, checkpoint or folder.
@@ -106,24 +110,33 @@ def train(
         batch_size=config.batch_size,
         device=place,
         dtype=DTYPES[config.dtype],
+        ranks=ranks,
     )
     history: list[dict[str, float]] = []
     if resume is not None and found is not None:
         restore(resume, found, trainer)
         history = found.history
-    require_folder(out)
     checkpoint = out / CHECKPOINT_NAME
-    if checkpoint.exists() and not (resume is not None and resume.samefile(checkpoint)):
-        raise OutputError(f"{out} holds another run: continue it with --resume {checkpoint}, or choose another --out")
+
+    def check_output() -> None:
+        require_folder(out)
+        if checkpoint.exists() and not (resume is not None and resume.samefile(checkpoint)):
+            raise OutputError(
+                f"{out} holds another run: continue it with --resume {checkpoint}, or choose another --out"
+            )
+
+    check_output() if ranks is None else ranks.on_first(check_output)
+    first = ranks is None or ranks.first
 
     per_epoch = trainer.order.steps_per_epoch
     epochs = config.planned_steps // per_epoch if epochs is None else epochs
     total = epochs * per_epoch
     save_checkpoint(checkpoint, config, trainer, history)
     with _interrupt_flag() as interrupted:
-        while trainer.step_count < total and not interrupted():
+        while trainer.step_count < total and not (interrupted() if ranks is None else ranks.any(interrupted())):
             trainer.step(trainer.draw())
-            on_step(trainer.step_count, total)
+            if first:
+                on_step(trainer.step_count, total)
             if trainer.step_count % per_epoch == 0:
                 evaluation = trainer.evaluate()
                 row = {
@@ -133,16 +146,21 @@ def train(
                 }
                 history.append(row)
                 save_checkpoint(checkpoint, config, trainer, history)
-                on_epoch(row)
+                if first:
+                    on_epoch(row)
         stopped = trainer.step_count < total
         if stopped:
             save_checkpoint(checkpoint, config, trainer, history)
         else:
-            _write_results(out, config, trainer, history)
+            weights = trainer.true_weights()
+            if first:
+                _write_results(out, config, trainer, weights, history)
     return TrainOutcome(epochs, trainer.step_count, stopped, checkpoint, history)
 
 
-def _write_results(out: Path, config: RunConfig, trainer: Trainer, history: list[dict[str, float]]) -> None:
+def _write_results(
+    out: Path, config: RunConfig, trainer: Trainer, weights: dict[str, Tensor], history: list[dict[str, float]]
+) -> None:
     table = io.StringIO()
     writer = csv.DictWriter(table, ["epoch", "step", "train_loss", "metric"])
     writer.writeheader()
@@ -155,7 +173,7 @@ def _write_results(out: Path, config: RunConfig, trainer: Trainer, history: list
         "hardware": hardware(),
         "commit": commit(),
     }
-    write_atomically(out / WEIGHTS_NAME, lambda file: torch.save(trainer.true_weights(), file))
+    write_atomically(out / WEIGHTS_NAME, lambda file: torch.save(weights, file))
     write_atomically(out / METRICS_NAME, lambda file: file.write(table.getvalue().encode()))
     write_atomically(out / RUN_NAME, lambda file: file.write(json.dumps(run, indent=2).encode()))
 

@@ -13,6 +13,7 @@ from triton_curv.scenarios import Data, Scenario
 from triton_curv.training.batches import BatchOrder
 from triton_curv.training.errors import SettingError
 from triton_curv.training.optimizers import CLOSURES, get_optimizer
+from triton_curv.training.ranks import Ranks
 
 EVALUATION_ROWS = 256
 """Rows of one forward pass of an evaluation: larger activations leave the cache of a CPU core."""
@@ -50,6 +51,7 @@ class Trainer:
         batch_size: Rows of a batch; the scenario's by default.
         device: Where to train.
         dtype: Of the model and the floating-point data.
+        ranks: Processes that train this model together; each steps on its share of every batch.
 
     Raises:
         SettingError: Where the optimizer is unknown or a number is out of range.
@@ -67,6 +69,7 @@ class Trainer:
         batch_size: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks | None = None,
     ) -> None:
         build = get_optimizer(optimizer)
         if not (math.isfinite(lr) and lr > 0):
@@ -77,7 +80,11 @@ class Trainer:
         self.order = BatchOrder(len(data.train_x), scenario.batch_size if batch_size is None else batch_size, seed)
         self.step_count = 0
         torch.manual_seed(seed)
-        self.model = scenario.model().to(device=device, dtype=dtype)
+        self.ranks = ranks
+        self.seed = seed
+        model = scenario.model().to(device=device, dtype=dtype)
+        self.model = model if ranks is None else ranks.wrap(model)
+        self.module = model  # without a wrapper
         self.optimizer: Any = build(self.model, lr, steps, **scenario.options.get(optimizer, {}))
         self._closure = CLOSURES.get(optimizer)
         self.data = _moved(data, device, dtype)
@@ -87,7 +94,12 @@ class Trainer:
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next batch."""
-        rows = self.order.draw().to(self.data.train_x.device)
+        rows = self.order.draw()
+        if self.ranks is not None:
+            rows = self.ranks.share(rows)
+            # dropout of this rank's own, the same after a restart on any number of ranks
+            torch.manual_seed((self.seed << 32) + self.step_count * self.ranks.world + self.ranks.rank)
+        rows = rows.to(self.data.train_x.device)
         return self.data.train_x[rows], self.data.train_y[rows]
 
     def step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -99,7 +111,7 @@ class Trainer:
 
         def loss_and_output() -> tuple[Tensor, Tensor]:
             output = self.model(x)
-            return self.scenario.objective(self.model, output, y), output
+            return self.scenario.objective(self.module, output, y), output
 
         if self._closure is None:
             loss, _ = loss_and_output()
@@ -126,7 +138,7 @@ class Trainer:
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            loss = self.scenario.objective(self.model, self._outputs(x), y)
+            loss = self.scenario.objective(self.module, self._outputs(x), y)
             metric = self.scenario.metric.measure(self._outputs(data.val_x), data.val_y, data.target_scale)
         if isinstance(self.optimizer, DisplacedOptimizer):
             self.optimizer.train()
@@ -137,24 +149,32 @@ class Trainer:
         """Copies of the model's parameters and buffers, for use rather than for more training."""
         if isinstance(self.optimizer, DisplacedOptimizer):
             self.optimizer.eval()
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        found = self.model.state_dict() if self.ranks is None else self.ranks.weights(self.model)
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
         if isinstance(self.optimizer, DisplacedOptimizer):
             self.optimizer.train()
         return weights
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the global random state that the next step depends on."""
+        """Everything but the global random state that the next step depends on. On several ranks a collective."""
+        ranks = self.ranks
         return {
             "step": self.step_count,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.model.state_dict() if ranks is None else ranks.weights(self.model),
+            "optimizer": self.optimizer.state_dict()
+            if ranks is None
+            else ranks.optimizer_state(self.model, self.optimizer),
             "order": self.order.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ranks is None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.ranks.set_weights(self.model, state["model"])
+            self.ranks.set_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.order.load_state_dict(state["order"])
         self.step_count = state["step"]
 
