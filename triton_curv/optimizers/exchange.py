@@ -18,6 +18,10 @@ class Exchange(Protocol):
     """What a step of KFAC asks of the others, in the order of the step. Functions of tensors, so that they compile."""
 
     @property
+    def place(self) -> int:
+        """Number of this rank among all that train the model."""
+
+    @property
     def held(self) -> Held | None:
         """Which factors this rank holds; None: all."""
 
@@ -88,6 +92,7 @@ class Exchange(Protocol):
 class Alone:
     """One rank."""
 
+    place: int = 0
     held: Held | None = None
 
     def bytes_sent(self) -> None:

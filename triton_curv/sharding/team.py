@@ -74,7 +74,7 @@ class Team:
         self.world = len(found.ranks)
         self.averages = self._who_averages(found.ddp)
         self._of_blocks = {id(p) for rule in rules.values() for p in rule.params.values()}
-        place = self.channels.place
+        self.place = place = self.channels.place
         self.mine = frozenset(self.plan.layers_of(place))
         factors = [[FactorKey(i, f.name) for f in layer.factors] for i, layer in enumerate(self.plan.layers)]
         self.held = Held(
