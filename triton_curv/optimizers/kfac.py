@@ -73,7 +73,8 @@ class KFAC(Rebuilt):
             which renews its inverse at once. Default: `GrowingInterval(20)`, at steps 0, 1, 2, 4, 8, 16, 32, then every
             20: curvature moves fastest at the start, where one batch tells little of it.
         inverse_interval: steps between renewals of the inverses, or a schedule; as above.
-        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all.
+        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all. Steps
+            that take statistics stay longer; with factor_interval=1 all steps cost about the same.
         inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A; or
             "neumann", products alone, started from the last inverse (`damped_inverse_`).
         ekfac: with "eigen", scale by second moments of the per-sample gradients in the eigenbasis instead of s_G s_A
