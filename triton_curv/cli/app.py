@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from triton_curv.cli.bench import app as bench_app
 from triton_curv.cli.tune import app as tune_app
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 
 app.add_typer(tune_app, name="tune")
+app.add_typer(bench_app, name="bench")
 
 OPTIMIZER_NAMES = "sgd, adamw, neumann, kfac, newton-cg, sgn or neumann-inner."
 ScenarioName = Annotated[

@@ -301,6 +301,7 @@ class Curvature:
 
     def note(self, plan: Plan, steps: int, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """What the host has to know and to check when a planned step runs as part of a graph."""
+        self.monitor.watch()
         if plan.fold:
             self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
             if with_gradients:

@@ -25,7 +25,7 @@ from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
-from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register
+from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register, require_gradients, require_traceable
 from triton_curv.optimizers.trial import Evaluate
 from triton_curv.optimizers.trials import Trials
 from triton_curv.schedules import GROWING, AdaptiveInterval, RefreshSchedule
@@ -184,8 +184,11 @@ class KFAC(Rebuilt):
         self._found = find_ranks(model, process_group)
         self._sharding = Sharding() if sharding is None else sharding
         self._model, self._scaler = self._found.model, grad_scaler
-        self._number, self._plan = register(self), Plan()
-        self._regions = Regions({} if compile is True else compile or None)
+        self._number, self._plan, self._regions = (
+            register(self),
+            Plan(),
+            Regions({} if compile is True else compile or None),
+        )
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -339,8 +342,7 @@ class KFAC(Rebuilt):
 
     def _current_rows(self, rows: Tensor | None = None) -> Tensor:
         """The rows of hyper-parameters, brought up to date."""
-        rows = self._hyper.rows if rows is None else rows
-        steps, options = self._steps, self.options
+        rows, steps, options = self._hyper.rows if rows is None else rows, self._steps, self.options
         of_model = OfModel(options.damping_rule.factor(steps), self._curvature.signal_scale)
         self._hyper.write_(rows, [values_of(group, steps, options, of_model) for group in self.param_groups])
         return rows
@@ -403,20 +405,16 @@ class KFAC(Rebuilt):
     def _traced_step(self, closure: object, evaluate: object) -> None:
         """The step as a part of a graph: the regions of its plan; the host's share of it when the graph runs."""
         options, curvature, plan = self.options, self._curvature, self._plan
-        if closure is not None or evaluate is not None or options.damping_rule.interval or options.adaptive is not None:
-            raise ConfigurationError(
-                "expected no closure, no AdaptiveInterval and no damping rule that measures in a compiled step, which "
-                "looks at no values: compile the regions instead, KFAC(..., compile=True)"
-            )
+        measures = options.damping_rule.interval or options.adaptive
+        require_traceable(closure is None and evaluate is None and not measures)
         store, rows = self._store, self._hyper.rows
-        how = curvature.normalisation(rows)
         self._exchange.gradients_(self._params)
         if plan.fold and options.fisher != "empirical":
             store.unstash()
-        pending = self._exchange.seen(store, how) if plan.fold else store.samples
+        pending = self._exchange.seen(store, curvature.normalisation(rows)) if plan.fold else store.samples
         begin_step_(rows, pending, self._number, curvature.with_gradients() if plan.fold else [])
         if plan.fold:
-            fold_(store, curvature.folded, how, None, self._exchange)
+            fold_(store, curvature.folded, curvature.normalisation(rows), None, self._exchange)
         part = int(plan.part)
         if part != IDLE:
             lambdas = curvature.lambdas(rows) if part in (ALL, 0) else None
@@ -425,13 +423,13 @@ class KFAC(Rebuilt):
 
     def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
-        self._curvature.monitor.watch()
         self._curvature.note(self._plan, self._steps, pending, with_gradients)
         self._current_rows(rows)
         self._set_steps(self._steps + 1)
 
     def _apply(self, rows: Tensor) -> Tensor:
         """Region 3; returns whether gradients are finite, ()."""
+        require_gradients(self._names, self._params)
         work, loose, of_group = [], [], rows.unbind()
         for matrices, hyper in zip(self._matrices, of_group, strict=False):
             lists = matrices.active()
@@ -450,8 +448,6 @@ class KFAC(Rebuilt):
         """`Optimizer.zero_grad`; gradients that no step has used take their statistics with them (not sampled ones)."""
         self._curvature.drop()
         super().zero_grad(set_to_none)
-
-    # ---- state and reports
 
     def state_dict(self) -> dict[str, Any]:
         """All state, as `load_state_dict` takes it, on any number of ranks.

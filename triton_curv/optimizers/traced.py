@@ -14,6 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from triton_curv.errors import ConfigurationError
+
 IDLE = -1  # no renewal of inverses is under way
 ALL = -2  # a renewal of all of them at once
 # How regions are compiled unless the user says otherwise: shapes never change, recompiles of one optimizer's regions
@@ -66,3 +68,26 @@ def _(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> 
 def begin_step_(rows: Tensor, pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
     """`host.begin_step` of optimizer `number`, whenever the graph runs."""
     torch.ops.triton_curv.begin_step_(rows, pending, number, list(with_gradients))
+
+
+def require_gradients(names: Mapping[Any, str], params: Sequence[Tensor]) -> None:
+    """While a CUDA graph is captured, raise ConfigurationError naming parameters without a gradient.
+
+    A replay would leave them out for ever, and gradients that come later would lie elsewhere.
+    """
+    if torch.compiler.is_compiling() or not params[0].is_cuda or not torch.cuda.is_current_stream_capturing():
+        return
+    missing = [names[p] for p in params if p.grad is None]
+    if missing:
+        raise ConfigurationError(
+            f"expected a gradient of every parameter while a CUDA graph is captured, got none of {missing}"
+        )
+
+
+def require_traceable(blind: bool) -> None:
+    """Raise ConfigurationError for a step that has to look at values and is in a graph."""
+    if not blind:
+        raise ConfigurationError(
+            "expected no closure, no AdaptiveInterval and no damping rule that measures in a compiled step, which "
+            "looks at no values: compile the regions instead, KFAC(..., compile=True)"
+        )
