@@ -16,8 +16,8 @@ class CoverageRow:
     """One parameter: who trains it (`trainer`), with which curvature and how exact (`note`), and what that costs.
 
     `factors` holds the factor shapes, `factor_bytes` the memory of their sums and averages and `inverse_bytes` that of
-    the inverses, `solve_flops` the work of one preconditioning, `bytes_sent` what a step sends to other ranks. Costs
-    stand in the row of a block's first parameter.
+    the inverses, `solve_flops` the work of one preconditioning, `bytes_sent` what this rank sends to others in a step
+    in which everything is due. Costs stand in the row of a block's first parameter.
     """
 
     parameter: str
@@ -88,8 +88,12 @@ def coverage_of(
     names: Mapping[Parameter, str],
     reasons: Mapping[Parameter, str],
     fallback: str,
+    bytes_sent: Sequence[int] | None = None,
 ) -> Coverage:
-    """The report for blocks and the parameters that `fallback` trains, in the order of the parameter groups."""
+    """The report for blocks and the parameters that `fallback` trains, in the order of the parameter groups.
+
+    `bytes_sent` by this rank, by number of the block; nothing by default.
+    """
     block_of = {p: block for block in blocks.values() for p in block.rule.params.values()}
     rows: list[CoverageRow] = []
     described: set[str] = set()
@@ -112,6 +116,7 @@ def coverage_of(
                         t.element_size() * (t.numel() + len(t) * packed_size(t.shape[-1])) for t in block.sums.values()
                     ),
                     "inverse_bytes": sum(t.numel() * t.element_size() for t in block.inverses.values()),
+                    "bytes_sent": 0 if bytes_sent is None else bytes_sent[block.index],
                     "solve_flops": sum(2 * s.batch * s.size**2 * across[name] for name, s in shapes.items()),
                 }
             rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", block.rule.approximation, **costs))

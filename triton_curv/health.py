@@ -21,13 +21,13 @@ class NumericalWarning(RuntimeWarning):
 class HealthMonitor:
     """Warns once for each kind of event in `counts`, an int64 tensor on any device, in the order of `EVENTS`.
 
-    A CPU tensor is read where it lies. From a GPU the counts are copied without waiting, and read by a later call
-    once that copy has arrived.
+    A `quiet` one warns about nothing: all ranks count the same, and the first warns. A CPU tensor is read where it
+    lies. From a GPU the counts are copied without waiting, and read by a later call once that copy has arrived.
     """
 
-    def __init__(self, counts: Tensor) -> None:
+    def __init__(self, counts: Tensor, quiet: bool = False) -> None:
         self.counts = counts
-        self.warned: set[str] = set()
+        self.warned: set[str] = set(EVENTS) if quiet else set()
         self._copy: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 

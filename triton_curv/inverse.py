@@ -99,7 +99,10 @@ def eigenbasis(matrices: Tensor, tolerance: float = TOLERANCE) -> Decomposition:
     float32 LAPACK fails to converge on some real factors (785 x 785, rank 128). Tries: as it is; with a jitter of
     1e-6 of the mean eigenvalue on the diagonal; in float64. Each retry only where the last failed, and only where the
     host can know without a sync or the library has thrown. The residual is max|M Q 1 - Q L 1| / max|diag M|.
+    In a graph of torch.compile it is one call: the library decides on the host.
     """
+    if torch.compiler.is_compiling():
+        return Decomposition(*torch.ops.triton_curv.eigenbasis(matrices, tolerance))
     best = _try_eigh(matrices, matrices, tolerance)
     if known_true(best.ok) or not bool(matrices.isfinite().all()):
         return best
@@ -117,6 +120,19 @@ def eigenbasis(matrices: Tensor, tolerance: float = TOLERANCE) -> Decomposition:
         if known_true(best.ok):
             break
     return best
+
+
+@torch.library.custom_op("triton_curv::eigenbasis", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _eigenbasis_op(matrices: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = eigenbasis(matrices, tolerance)
+    return found.bases.contiguous(), found.spectra.contiguous(), found.ok, found.residuals
+
+
+@_eigenbasis_op.register_fake
+def _(matrices: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, n, _ = matrices.shape
+    none = matrices.new_empty(batch)
+    return matrices.new_empty(batch, n, n), matrices.new_empty(batch, n), none.bool(), none.clone()
 
 
 def _try_eigh(given: Tensor, matrices: Tensor, tolerance: float) -> Decomposition:

@@ -27,9 +27,10 @@ class UnsupportedInputError(ValueError):
     """An op got tensors of a shape, dtype or device that it does not take."""
 
 
-@lru_cache(maxsize=8)
 def _parse(value: str | None) -> Backend:
-    name = (value or "auto").strip().lower()
+    if value is None:
+        return "auto"
+    name = value.strip().lower() or "auto"
     for backend in get_args(Backend):
         if name == backend:
             return backend  # type: ignore[no-any-return]  # get_args is untyped

@@ -53,6 +53,8 @@ def _counted(rank: int, wrapper: str, fraction: float, replicas: bool) -> tuple[
     for t in transfers(plan, Wire(wrapper, 8, 8, loose)):
         if not (t.early and t.stage.startswith("gradients")):  # these are the wrapper's own
             planned[t.collective] = planned.get(t.collective, 0) + t.sent[rank % plan.grid.size]
+    of_blocks = sum(row.bytes_sent for row in kfac.explain().rows)
+    assert abs(of_blocks - sum(t.sent[rank % plan.grid.size] for t in transfers(plan, Wire(wrapper, 8, 8)))) < 700
     matrices = sum(f.batch for layer in plan.layers for f in layer.factors)
     torch.manual_seed(0)
     return sent, planned, matrices

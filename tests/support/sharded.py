@@ -97,7 +97,10 @@ def step(model: nn.Module, optimizer: tc.KFAC, data: Batch) -> None:
     x, y = data
     summed = optimizer.options.reduction
     optimizer.zero_grad()
-    functional.cross_entropy(model(x), y, reduction=summed).backward()
+    output = model(x)
+    if optimizer.options.fisher != "empirical":
+        optimizer.sample_fisher(output, "cross_entropy")
+    functional.cross_entropy(output, y, reduction=summed).backward()
     if optimizer.options.damping_rule.interval:
         optimizer.step(evaluate=lambda: functional.cross_entropy(model(x), y, reduction=summed))
     else:

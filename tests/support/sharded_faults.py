@@ -1,15 +1,31 @@
 """What ranks do in the tests of accidents: NaN, missing gradients, empty and uneven batches, other models."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_curv as tc
-from tests.support.sharded import ROWS, SETTINGS, Case, alone, batch, outcome, packed, same_everywhere, share, together
+from tests.support.sharded import (
+    ROWS,
+    SETTINGS,
+    Case,
+    alone,
+    batch,
+    net,
+    outcome,
+    packed,
+    same_everywhere,
+    share,
+    together,
+)
+from triton_curv.sharding.local import local
 
 STEPS = 5
 BARE = Case("none", options={"update_size": "none", "damping": 0.3, "lr": 0.01})
@@ -123,20 +139,38 @@ def with_nan(case: Case, rank: int, world: int) -> dict[str, Any]:
     for i in range(STEPS):
         x, y = share(batch(i), rank, world)
         optimizer.zero_grad()
+        if i == 2:
+            before = [local(p.detach()).clone() for p in model.parameters()]
         loss = functional.cross_entropy(model(x), y)
         if i == 2:
-            before = [p.detach().clone() for p in model.parameters()]
             loss = loss * (torch.nan if rank == world - 1 else 1.0)
         loss.backward()
         optimizer.step()
         if i == 2:
-            kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            kept = all(torch.equal(a, local(b.detach())) for a, b in zip(before, model.parameters(), strict=True))
     return {
         "kept": kept,
         "same": same_everywhere(outcome(model, optimizer)),
-        "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
+        "finite": all(bool(local(p.detach()).isfinite().all()) for p in model.parameters()),
         "health": optimizer.health()["optimizer"],
     }
+
+
+def mixed_precision(rank: int, world: int) -> list[float]:
+    """Losses of a model whose layers compute in bfloat16 under FSDP2, its weights and factors in float32."""
+    model = net().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)), mp_policy=policy)
+    optimizer = tc.KFAC(model, **SETTINGS)
+    losses = []
+    x, y = share(batch(0), rank, world)
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x.float()).float(), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def refusal(build: Callable[[], object]) -> str:
@@ -177,6 +211,8 @@ def accidents(rank: int, world: int) -> Any:
         "compiled": compiled(rank, world),
         "nan none": with_nan(BARE, rank, world),
         "nan ddp": with_nan(BARE_DDP, rank, world),
+        "nan fsdp": with_nan(replace(BARE, wrapper="fsdp"), rank, world),
+        "mixed": mixed_precision(rank, world),
         "widths": refusal(lambda: other_widths(rank)),
         "weights": refusal(lambda: other_weights(rank)),
         "not owned": not_owned(rank, world),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from tests.support.neumann import (
@@ -187,18 +188,48 @@ def test_compiled_step_with_a_scheduler(compile_first: bool) -> None:
     torch._dynamo.reset()
     eager, compiled = make_params(), make_params()
     a, b = Neumann(eager, lr=0.05, **STRONG), Neumann(compiled, lr=0.05, **STRONG)
-    step_b: Callable[[], Any] = torch.compile(b.step, backend="eager") if compile_first else b.step
+    step_b: Callable[[], Any] = torch.compile(b.step, backend="eager", fullgraph=True) if compile_first else b.step
     schedulers = [LambdaLR(opt, lambda step: 0.9**step) for opt in (a, b)]
-    step_b = step_b if compile_first else torch.compile(b.step, backend="eager")
-    with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=True):
+    step_b = step_b if compile_first else torch.compile(b.step, backend="eager", fullgraph=True)
+    phases: set[tuple[bool, str]] = set()
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(30):
             run(a, eager, step, step + 1)
             give_gradients(compiled, step)
-            step_b()
+            plan = b._plans[0]
+            known = {(plan.fresh, plan.phase)} <= phases
+            phases.add((plan.fresh, plan.phase))
+            with torch._dynamo.config.patch(error_on_recompile=known):
+                step_b()
             for scheduler in schedulers:
                 scheduler.step()
-    np.testing.assert_array_equal(flat(eager), flat(compiled))
+    assert {phase for _, phase in phases} == {"warmup", "reset", "main"}
+    np.testing.assert_allclose(flat(eager), flat(compiled), rtol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["regions", "step"])
+def test_compiled_by_aot_autograd_it_is_what_it_is_eagerly(whole: bool) -> None:
+    """Two groups, weight decay, a parameter without gradients; 30 steps of changing hyper-parameters, 4 graphs."""
+    torch._dynamo.reset()
+    counters.clear()
+    results = []
+    for compiled in (False, True):
+        params = make_params()
+        groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}]
+        opt = Neumann(groups, lr=0.05, **STRONG, compile={"backend": "aot_eager"} if compiled and not whole else False)
+        step = torch.compile(opt.step, fullgraph=True, backend="aot_eager") if compiled and whole else opt.step
+        for i in range(30):
+            for group in opt.param_groups:
+                group.update(lr=0.05 / (1 + i), alpha=0.1 * i, gamma=0.99 - 0.01 * i)
+            give_gradients(params, i)
+            params[-1].grad = None
+            with torch._dynamo.config.patch(error_on_recompile=i > 20):
+                step()
+        results.append(flat(params))
+        assert [group["step"] for group in opt.param_groups] == [30, 30]
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-12)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize(("setting", "sign"), [({"maximize": True}, -1.0), ({"weight_decay": 0.3}, 1.0)])

@@ -26,7 +26,7 @@ def test_shares_of_any_size_and_order_equal_one_process(answers: list[dict[str, 
             assert difference(answer[name], expected[name.split()[0]]) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("wrapper", ["none", "ddp"])
+@pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp"])
 def test_all_ranks_skip_a_step_that_one_of_them_cannot_take(answers: list[dict[str, Any]], wrapper: str) -> None:
     for answer in answers:
         found = answer[f"nan {wrapper}"]
@@ -36,6 +36,11 @@ def test_all_ranks_skip_a_step_that_one_of_them_cannot_take(answers: list[dict[s
         assert found["health"]["skipped_steps"] == 1
         assert found["health"]["discarded_statistics"] > 0
         assert found["health"] == answers[0][f"nan {wrapper}"]["health"]
+
+
+def test_fsdp_with_layers_in_bfloat16_learns(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["mixed"][-1] < 0.5 * answer["mixed"][0]
 
 
 def test_ranks_with_other_models_or_weights_are_told(answers: list[dict[str, Any]]) -> None:

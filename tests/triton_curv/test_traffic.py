@@ -15,7 +15,7 @@ from triton_curv.sharding import FactorSize, LayerSize, Machine, PlanOptions, ma
 from triton_curv.sharding.plan import Plan
 from triton_curv.sharding.report import machine_named, memory_of, shard_report
 from triton_curv.sharding.timeline import Workload, timeline, timeline_of_sgd
-from triton_curv.sharding.traffic import Transfer, Wire, bytes_per_step, of_sgd, transfers
+from triton_curv.sharding.traffic import Transfer, Wire, bytes_of_layers, bytes_per_step, of_sgd, transfers
 
 SIZES = [(5, 3), (8, 2), (3, 7), (6, 6), (2, 9)]
 LAYERS = (
@@ -101,6 +101,21 @@ def test_bytes_are_those_of_messages_sent_one_by_one(
     counted = [sum(t.sent[i] for t in found) for i in range(plan.grid.size)]
     expected = by_hand(plan, parallel)
     assert counted == [2 * expected[i] for i in range(plan.grid.size)]
+
+
+@pytest.mark.parametrize(("world", "shards", "fraction"), GRIDS)
+@pytest.mark.parametrize("parallel", ["plain", "ddp", "fsdp"])
+def test_layers_together_send_what_all_do(world: int, shards: int | None, fraction: float, parallel: str) -> None:
+    plan = make_plan(LAYERS, PlanOptions(world, shards, fraction))
+    wire = Wire(parallel, statistics=2, gradients=4)
+    found = transfers(plan, wire)
+    for rank in range(world):
+        together, layers = sum(t.sent[rank % plan.grid.size] for t in found), bytes_of_layers(plan, wire, rank)
+        assert len(layers) == len(LAYERS)
+        # integer halves and thirds are cut for each layer here, for all of them there
+        assert sum(layers) == pytest.approx(
+            together, abs=0 if (parallel, fraction, shards) == ("plain", 0, None) else 80
+        )
 
 
 def test_the_paper_sends_gradients_and_updates_as_sgd_does() -> None:

@@ -183,6 +183,7 @@ def test_bad_rows_of_a_table_are_named_and_left_out(store: Store, capsys: pytest
         ("--model builtins:dict", "to give a torch.nn.Module, got dict"),
         ("--model digits-cnn --dtype int8", "expected a dtype among float32, bfloat16, float16, got 'int8'"),
         ("--model small_models:net --input 3xlarge", "expected an input shape like 3x224x224, got '3xlarge'"),
+        ("--model small_models:net --input 16 --channels-last", "expected samples of three sizes"),
         ("--model small_models:net --input 2x9x9", "the model does not take an input of shape (32, 2, 9, 9)"),
         ("verify absent.json", "absent.json is no table"),
         ("merge shapes.json --out out.json", "shapes.json is no table"),
@@ -236,6 +237,15 @@ def test_problems_of_a_model_are_those_of_its_training_step(small_models: None) 
         *((name, ListProblem(numel, full, FAKE)) for name in ("cg_update_", "cg_direction_", "cg_dots")),
     }
     assert len(found) == 14
+
+
+def test_a_kernel_of_one_pixel_is_a_plain_factor_where_channels_come_last() -> None:
+    for channels_last, op in ((False, PATCH), (True, FACTOR)):
+        layer = nn.Conv2d(16, 32, 1, bias=False)
+        found = problems.from_module(layer, (2, 16, 8, 8), "float32", FAKE, channels_last)
+        of_inputs = [name for name, p in found if getattr(p, "per_group", getattr(p, "n", 0)) == 16]
+        assert of_inputs[0] == op
+        assert (FACTOR in of_inputs) == channels_last
 
 
 def test_a_scenario_by_either_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -263,3 +263,23 @@ def test_a_config_that_does_not_fit_the_problem_is_refused() -> None:
     wide = next(c for c in op.configs if c.SPLIT_K == 128)
     with pytest.raises(InvalidEntryError, match="is no config for"):
         from_json(dataclasses.replace(entry_for(FACTOR, short, wide)).to_json(), op)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        (FACTORS, "shapes", [[1024, 64]], r"shapes\[0\] of 3 items, got 2"),
+        (FACTORS, "shapes", [[1024, 64, True]], r"shapes\[0\]\[2\] of <class 'int'>, got True"),
+        (FACTORS, "shapes", [[1024, 64, 2**40]], "is no config for"),
+        (FACTORS, "shapes", {"0": [1024, 64, 1]}, "expected GroupProblem.shapes"),
+        (PATCH, "geometry", [14, 14], "expected PatchGeometry with"),
+        (PATCH, "geometry", {"sizes": [14, 14]}, "expected PatchGeometry with"),
+    ],
+)
+def test_parts_of_a_problem_are_checked(name: str, field: str, value: Any, message: str) -> None:
+    stored = dict(STORED)
+    content = entry(name, stored[name]).to_json()
+    content["problem"] = {**content["problem"], field: value}
+    content["digest"] = digest({key: item for key, item in content.items() if key != "digest"})
+    with pytest.raises(InvalidEntryError, match=message):
+        from_json(content, get_op(name))

@@ -44,7 +44,7 @@ class Normalisation(NamedTuple):
     """How pending sums become statistics: the moving average's decay, and the scale and reduction of the signal."""
 
     decay: float
-    signal_scale: float
+    signal_scale: float | Tensor
     summed: bool
 
 
@@ -111,7 +111,7 @@ class FactorStore:
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
-        self.units = torch.zeros((), dtype=dtype, device=device)
+        self.units = torch.zeros(1, dtype=dtype, device=device)  # not 0-dim: graphs lose what they write to float64
         self.units_known = False
         self.products = ProductQueue()
         members: dict[tuple[int, bool], list[FactorKey]] = {}

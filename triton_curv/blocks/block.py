@@ -69,8 +69,17 @@ class Block:
         """Add call number `use` of the layer in a forward, as seen in its backward pass.
 
         `source` takes the statistics if the layer is one of several of the block; `mask` tells real positions.
+
+        In a graph of torch.compile, what does not depend on the gradient is free to move into the forward graph: sums
+        would be read there and written back here, and a second forward before the backward pass would lose its part.
+        `never` is False always and ties everything to the gradient.
         """
         source = self.rule if source is None else source
+        if torch.compiler.is_compiling() and grad_output.numel():
+            never = grad_output.flatten()[:1] > math.inf
+            inputs = inputs.masked_fill(never, 0)
+            mask = None if mask is None else mask.masked_fill(never, False)
+            self.counts.masked_fill_(never, 0.0)
         if mask is not None and isinstance(source, MaskedSource):
             source = source.masked(mask)
         if waits_for_others(self.counts):

@@ -51,7 +51,7 @@ class Moments:
         some = bases["A"]
         self.sums = torch.zeros(rule.matrix_shape, dtype=some.dtype, device=some.device)
         self.averages = torch.zeros_like(self.sums)
-        self.folds = some.new_zeros(())
+        self.folds = some.new_zeros(1)  # not 0-dim: graphs lose what they write to float64
 
     def accumulate_(self, inputs: Tensor, grad_output: Tensor) -> None:
         """sums += sum_n (sum_t (U_G^T g_nt) (U_A^T a_nt)^T)^2, some samples at a time."""

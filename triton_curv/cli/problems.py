@@ -74,7 +74,9 @@ def from_scenario(name: str, dtype: str, limits: DeviceLimits) -> Problems:
     return from_module(scenario.model(), (scenario.batch_size, *shape), dtype, limits)
 
 
-def from_spec(spec: str, batch: int, input_shape: str, dtype: str, limits: DeviceLimits) -> Problems:
+def from_spec(
+    spec: str, batch: int, input_shape: str, dtype: str, limits: DeviceLimits, channels_last: bool = False
+) -> Problems:
     """The problems of a model: `module:factory`, a scenario's name, or a name in torchvision.models if installed.
 
     Raises:
@@ -87,7 +89,7 @@ def from_spec(spec: str, batch: int, input_shape: str, dtype: str, limits: Devic
         shape = [int(size) for size in input_shape.split("x")]
     except ValueError:
         raise ConfigurationError(f"expected an input shape like 3x224x224, got {input_shape!r}") from None
-    return from_module(_make_model(spec), (batch, *shape), dtype, limits)
+    return from_module(_make_model(spec), (batch, *shape), dtype, limits, channels_last)
 
 
 def _scenario_names() -> Sequence[str]:
@@ -109,7 +111,9 @@ def _make_model(spec: str) -> nn.Module:
     return model
 
 
-def from_module(model: nn.Module, shape: Sequence[int], dtype: str, limits: DeviceLimits) -> Problems:
+def from_module(
+    model: nn.Module, shape: Sequence[int], dtype: str, limits: DeviceLimits, channels_last: bool = False
+) -> Problems:
     """Problems of one training step on inputs of `shape`, by a pass over tensors without data (device "meta").
 
     Raises:
@@ -118,7 +122,12 @@ def from_module(model: nn.Module, shape: Sequence[int], dtype: str, limits: Devi
     """
     if dtype not in DTYPES:
         raise ConfigurationError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+    if channels_last and len(shape) != 4:
+        raise ConfigurationError(f"expected samples of three sizes for --channels-last, got {tuple(shape[1:])}")
     model = model.to(device="meta", dtype=DTYPES[dtype])
+    inputs = torch.empty(shape, device="meta", dtype=DTYPES[dtype])
+    if channels_last:
+        inputs = inputs.to(memory_format=torch.channels_last)
     uses: list[tuple[nn.Module, Tensor, Tensor]] = []
     hooks = [
         layer.register_forward_hook(lambda layer, inputs, output: uses.append((layer, inputs[0], output)))
@@ -127,7 +136,7 @@ def from_module(model: nn.Module, shape: Sequence[int], dtype: str, limits: Devi
     ]
     try:
         with torch.no_grad():
-            model(torch.empty(shape, device="meta", dtype=DTYPES[dtype]))
+            model(inputs)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ConfigurationError(f"the model does not take an input of shape {tuple(shape)}: {error}") from None
     finally:

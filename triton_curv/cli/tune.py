@@ -28,6 +28,7 @@ def tune(
     ] = None,
     batch: Annotated[int, typer.Option(help="Samples of a batch, for --model.")] = 32,
     input_shape: Annotated[str, typer.Option("--input", help="Shape of a sample, for --model.")] = "3x224x224",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="The input's layout, for --model.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of --model and --scenario.")] = "float32",
     budget: Annotated[float, typer.Option(help="Seconds.")] = 120.0,
     export: Annotated[Path | None, typer.Option(help="Then write what was tuned to a table, to contribute.")] = None,
@@ -38,7 +39,8 @@ def tune(
     if context.invoked_subcommand is None:
         from triton_curv.cli.tuning import TuneOptions, run_tune
 
-        options = TuneOptions(model, scenario, shapes, batch, input_shape, dtype, budget, export, dry_run, json)
+        layout = (batch, input_shape, channels_last, dtype)
+        options = TuneOptions(model, scenario, shapes, *layout, budget, export, dry_run, json)
         raise typer.Exit(run_tune(options))
 
 

@@ -38,6 +38,7 @@ class TuneOptions:
     shapes: Path | None
     batch: int
     input_shape: str
+    channels_last: bool
     dtype: str
     budget: float
     export: Path | None
@@ -53,7 +54,7 @@ class TuneOptions:
         if self.budget <= 0 or self.batch < 1:
             raise ConfigurationError(f"expected a budget and a batch above 0, got {self.budget:g} and {self.batch}")
         if self.model is not None:
-            return from_spec(self.model, self.batch, self.input_shape, self.dtype, limits)
+            return from_spec(self.model, self.batch, self.input_shape, self.dtype, limits, self.channels_last)
         if self.scenario is not None:
             return from_scenario(self.scenario, self.dtype, limits)
         return examples(limits) if self.shapes is None else from_file(self.shapes, limits)

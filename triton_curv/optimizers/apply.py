@@ -11,7 +11,8 @@ from triton_curv.costs import NOTHING, Cost, update_cost
 from triton_curv.hostcheck import known_true
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
-from triton_curv.optimizers.hyper import OF_UPDATE, SLOT
+from triton_curv.optimizers.fallback import FALLBACKS, Loose
+from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, Rescale
 from triton_curv.optimizers.matrices import Lists
 from triton_curv_kernels import momentum_update_
@@ -25,28 +26,29 @@ class Work(NamedTuple):
     lists: Lists
     grads: list[Tensor]
     hyper: Tensor
-    maximize: bool
 
 
 def apply_(
     work: Sequence[Work],
-    loose: list[Tensor],
+    loose: Sequence[Loose],
     samples: Tensor,
     skipped: Tensor,
     options: KFACOptions,
     exchange: Exchange,
 ) -> Tensor:
-    """P = G^-1 D A^-1 for every block, its size, momentum, decay, update.
+    """P = G^-1 D A^-1 for every block, its size, momentum, decay, update; `fallback` for parameters without a block.
 
-    Where a gradient, also of the `loose` parameters without a block, is not finite, nothing changes but the count
-    `skipped`. Returns whether all are finite, ().
+    Where a gradient is not finite nothing changes but the count `skipped`. Returns whether all are finite, ().
     """
     every = [each.lists for each in work]
+    for lists in every:
+        for buffer in lists.stale:
+            buffer.zero_()
     exchange.matrices_(every, [each.grads for each in work])
     sums = [precondition(lists, samples, options, exchange.applied(lists.block_indices)) for lists in every]
     exchange.updates_(every)
     norms = exchange.norms(every, sums)
-    of_loose = [torch.stack(torch._foreach_norm(loose, 2, samples.dtype))] if loose else []  # fp16 ends at 65504
+    of_loose = [torch.stack(torch._foreach_norm(each.grads, 2, samples.dtype)) for each in loose]  # fp16 ends at 65504
     finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
     healthy = known_true(finite)
     if not healthy:
@@ -57,6 +59,8 @@ def apply_(
     if options.rescale != "none":
         fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
         rescale_(fans, options.rescale, finite, exchange)
+    for group in loose:
+        FALLBACKS[options.fallback].update(group, finite)
     return finite
 
 
@@ -119,7 +123,7 @@ def move_(work: Work, scale: Tensor, agreed: Tensor | None, happens: Tensor | No
         lists.flat_updates.masked_fill_(~happens, 0.0)
         scale = torch.where(happens, scale, 0.0)
         hyper = torch.where(happens, hyper, lists.idle)
-    of_row = (-scale if work.maximize else scale).unbind()
+    of_row = (scale * work.hyper[SLOT["sign"]]).unbind()
     of_param = [of_row[row] for row in lists.row_of_param]
     momentum_update_(lists.params, lists.momenta, lists.updates, of_param, hyper)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Normalisation
-from triton_curv.blocks.centre import Mean, centre_, centred_blocks, gradients_of_biases, means_of
+from triton_curv.blocks.centre import centred_blocks, gradients_of_biases, means_of
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
@@ -17,18 +17,19 @@ from triton_curv.health import EVENTS, HealthMonitor
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fisher import Loss, signals
+from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
-from triton_curv.optimizers.regions import fold_, refresh_
+from triton_curv.optimizers.regions import Folded, Lambdas, Regions
+from triton_curv.optimizers.traced import ALL, IDLE, Plan
 
-IDLE = -1  # no renewal of inverses is under way
 CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE}  # saved with the first parameter group
 
 
 class Curvature:
     """Statistics gathered by taps, folded into averages, inverted; each when it is due.
 
-    `clock` is the parameter group that holds "step" and the entries of `CLOCK`; `per_block` gives a hyper-parameter as
-    one number for each block.
+    `clock` is the parameter group that holds "step" and the entries of `CLOCK`; `current_rows` brings the rows of
+    hyper-parameters up to date, of which `group_of_block` says which is each block's.
     """
 
     def __init__(
@@ -38,14 +39,17 @@ class Curvature:
         options: KFACOptions,
         grad_scaler: torch.amp.GradScaler | None,
         clock: dict[str, Any],
-        per_block: Callable[[str], Tensor],
+        current_rows: Callable[[], Tensor],
+        group_of_block: Sequence[int],
         exchange: Exchange,
+        regions: Regions,
     ) -> None:
         self.options = options
         self.clock = clock
         self._scaler = grad_scaler
-        self._per_block = per_block
-        self._exchange = exchange
+        self._current_rows = current_rows
+        self.exchange = exchange
+        self.regions = regions
         some = next(iter(next(iter(rules.values())).params.values()))
         wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
         dtype, device = torch.float64 if wide else torch.float32, some.device
@@ -67,8 +71,10 @@ class Curvature:
             for block in self.blocks.values():
                 if block.gains is not None and has_sample_rows(block.rule):
                     block.moments = Moments(block.rule, block.inverses)
-        self._moving = [block for block in self.blocks.values() if block.moments is not None]
-        self._turned = [block for block in self.blocks.values() if block.gains is not None]
+        self.moving = [block for block in self.blocks.values() if block.moments is not None]
+        centred = centred_blocks(self.blocks.values()) if options.centred else []
+        self.folded = Folded(self.moving, centred, options.loss_scale)
+        self.turned = [block for block in self.blocks.values() if block.gains is not None]
         exchange.attach(self.store, self.switch)
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
@@ -78,8 +84,10 @@ class Curvature:
         self._ahead: Tensor | float = 0.0  # what `count` last said, if it was beside gradients
         self.events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
-        self.monitor = HealthMonitor(self.events)
+        self.monitor = HealthMonitor(self.events, quiet=exchange.place > 0)
         self.damping_gain = torch.ones((), dtype=dtype, device=device)
+        self._gain = self.damping_gain.view(1)  # graphs take a 0-dim float64 tensor for a number
+        self.group_of_block = torch.tensor(group_of_block, dtype=torch.int64, device=device)
         # (next step, last interval, the one before) of each statistic, for the adaptive rule
         self.timers = torch.tensor([[0, 1, 1]] * len(self.store.keys), dtype=torch.int64)
 
@@ -89,9 +97,17 @@ class Curvature:
         return int(self.clock["step"])
 
     @property
-    def signal_scale(self) -> float:
-        """What a GradScaler multiplies the loss with."""
-        return self._scaler.get_scale() if self._scaler is not None else 1.0
+    def signal_scale(self) -> float | Tensor:
+        """What a GradScaler multiplies the loss with, where it is."""
+        return 1.0 if self._scaler is None else self._scaler.scale(torch.ones_like(self.damping_gain))
+
+    def normalisation(self, rows: Tensor) -> Normalisation:
+        """How pending sums become statistics, by the rows of hyper-parameters."""
+        return self.options.normalisation(1.0 if self._scaler is None else rows[0, SLOT["signal_scale"]])
+
+    def lambdas(self, rows: Tensor) -> Lambdas:
+        """What damps each block, by the rows of hyper-parameters."""
+        return Lambdas(rows, self.group_of_block, self._gain)
 
     # ---- statistics
 
@@ -99,23 +115,13 @@ class Curvature:
         """The block's factors as they are once pending statistics are folded in."""
         how = self.options.normalisation(self.signal_scale)
         factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
-        for key, mean in self._means(how, [block]).items():
+        blocks = centred_blocks([block]) if self.options.centred else []
+        gradients = gradients_of_biases(blocks, self.store.samples)
+        counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
+        for key, mean in means_of(blocks, gradients, counts, how, self.options.loss_scale).items():
             weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
             factors[key.name].sub_(mean.outer() * weight[:, None, None])
         return factors
-
-    def _means(
-        self, how: Normalisation, blocks: Sequence[Block], exchange: Exchange | None = None
-    ) -> dict[FactorKey, Mean]:
-        """Mean signals to centre G with: those of this rank, or with an exchange those of all."""
-        blocks = centred_blocks(blocks) if self.options.centred else []
-        if not blocks:
-            return {}
-        gradients = gradients_of_biases(blocks, self.store.samples)
-        counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
-        if exchange is not None:
-            gradients, counts = exchange.centres(gradients, counts)
-        return means_of(blocks, gradients, counts, how, self.options.loss_scale)
 
     def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
         """See `KFAC.count`."""
@@ -128,11 +134,8 @@ class Curvature:
         if units is not None and self.options.fisher == "empirical":  # sample_fisher counts its own
             self.store.add_units(units)
             # beside gradients: for those of another micro-batch, or for what comes after `zero_grad()`
-            self._ahead = units if self._any_gradient() else 0.0
+            self._ahead = units if self.with_gradients() else 0.0
         self.switch.mask = mask
-
-    def _any_gradient(self) -> bool:
-        return any(p.grad is not None for block in self.blocks.values() for p in block.rule.params.values())
 
     def drop(self) -> None:
         """The gradients of the backward passes since the last step are dropped, and their statistics with them."""
@@ -140,7 +143,7 @@ class Curvature:
             return
         self.store.drop_(self._ahead)
         self._ahead = 0.0
-        for block in self._moving:
+        for block in self.moving:
             assert block.moments is not None
             block.moments.sums.zero_()
 
@@ -154,7 +157,8 @@ class Curvature:
         if switch.traced:  # a compiled training pass has left statistics among the sampled ones
             store.unstash() if self.sampled else store.forget()
         # one stream for each micro-batch of each step, so that a resumed run draws the same
-        generator = torch.Generator(output.device).manual_seed(self.steps << 16 | self.draws)
+        place = self.exchange.place << 48  # ranks draw for other samples, so other numbers
+        generator = torch.Generator(output.device).manual_seed(place | self.steps << 16 | self.draws)
         self.draws += 1
         sent = signals(output, loss, exact=options.fisher == "exact", mask=mask, dim=dim, generator=generator)
         store.add_units(sent.units)
@@ -171,36 +175,41 @@ class Curvature:
     @stage("fold", payload=lambda curvature, steps: fold_cost(curvature.store))
     def fold(self, steps: int) -> None:
         """Region 1: fold the statistics gathered since the last fold into the moving averages."""
-        store = self.store
+        store, how = self.store, self.normalisation(self._current_rows())
         if self.options.fisher != "empirical":
-            if not self.sampled and self._any_gradient():
-                raise NoStatisticsError(
-                    f"fisher='{self.options.fisher}' expects sample_fisher(output, loss) before backward() of this "
-                    "step, got no call"
-                )
+            self.check_sampled()
             store.unstash()
         if not self.all_seen:
-            self._check_taps()
-        how = self.options.normalisation(self.signal_scale)
+            self.check_taps(self.exchange.seen(store, how), self.with_gradients())
         due = None if self.options.adaptive is None else self._due_rows(steps)
-        means = self._means(how, list(self.blocks.values()), self._exchange)
-        before = store.folds.clone() if means else store.folds
-        fold_(store, self._moving, how, due, self._exchange)
-        centre_(store, means, before, how.decay)
+        self.regions.fold(store, self.folded, how, due, self.exchange)
         self.sampled = False
         self.draws = 0
         self._ahead = 0.0
 
-    def _check_taps(self) -> None:
+    def with_gradients(self) -> list[int]:
+        """The blocks some parameter of which has a gradient."""
+        return [
+            block.index for block in self.blocks.values() if any(p.grad is not None for p in block.rule.params.values())
+        ]
+
+    def check_sampled(self) -> None:
+        """Raise NoStatisticsError for a Fisher that needs `sample_fisher`, which was not called."""
+        if self.options.fisher != "empirical" and not self.sampled and self.with_gradients():
+            raise NoStatisticsError(
+                f"fisher='{self.options.fisher}' expects sample_fisher(output, loss) before backward() of this step, "
+                "got no call"
+            )
+
+    def check_taps(self, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
-        how = self.options.normalisation(self.signal_scale)
-        pending, folds = self._exchange.seen(self.store, how), [block.folds() > 0 for block in self.blocks.values()]
+        folds = [block.folds() > 0 for block in self.blocks.values()]
         seen = (pending | torch.stack(folds)).tolist()
         self.any_seen, self.all_seen = any(seen), all(seen)
         missed = [
             block.name
             for block, ok in zip(self.blocks.values(), seen, strict=True)
-            if not ok and any(p.grad is not None for p in block.rule.params.values())
+            if not ok and block.index in with_gradients
         ]
         if missed:
             raise NoStatisticsError(
@@ -230,7 +239,7 @@ class Curvature:
         self.fold(steps)
         if not self.any_seen:
             return
-        similar = (self._exchange.changes(self.store) < rule.alpha**2).tolist()
+        similar = (self.exchange.changes(self.store) < rule.alpha**2).tolist()
         for timer, is_due, (to_last, to_before) in zip(self.timers, due, similar, strict=True):
             if is_due:
                 _, last, before = timer.tolist()
@@ -243,21 +252,22 @@ class Curvature:
 
     def invert(self, keys: Sequence[FactorKey] | None = None, shifts: bool = True) -> None:
         """Region 2: renew damped inverses or eigenbases, all or those of some factors, with what follows from them."""
-        dampings = None
-        if shifts:
-            factor = self.options.damping_rule.factor(self.steps) * self.damping_gain
-            dampings = self._per_block("damping") * factor, self._per_block("relative_damping") * factor
-        refresh_(self.store, self._turned, keys, dampings, self._exchange)
-        owners = None if keys is None else {key.block for key in keys}
-        if any(owners is None or block.index in owners for block in self._moving):
-            self.clock["next_fold"] = self.steps + 1  # second moments in the new basis
+        lambdas = self.lambdas(self._current_rows()) if shifts else None
+        self.regions.refresh(self.store, self.turned, keys, lambdas, self.exchange)
+        self.note_new_bases(keys)
         self.inverted = True
         self.monitor.watch()
+
+    def note_new_bases(self, keys: Sequence[FactorKey] | None) -> None:
+        """Second moments in new bases are wanted at the next step."""
+        owners = None if keys is None else {key.block for key in keys}
+        if any(owners is None or block.index in owners for block in self.moving):
+            self.clock["next_fold"] = self.steps + 1
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
-        if bool(self._exchange.seen(self.store, self.options.normalisation(self.signal_scale)).any()):
+        if bool(self.exchange.seen(self.store, self.normalisation(self._current_rows())).any()):
             self.fold(self.steps)
         if not self.any_seen:
             raise NoStatisticsError("refresh() needs statistics: run loss.backward() first")
@@ -270,20 +280,50 @@ class Curvature:
 
     def renew_inverses(self, steps: int) -> None:
         """Region 2: all at once, or one part at a step until every inverse is new."""
+        part = self.part_due(steps)
+        if part != IDLE:
+            self.note_renewal(steps, part)
+            self.invert(self.keys_of(part), shifts=part in (ALL, 0))
+
+    def part_due(self, steps: int) -> int:
+        """Which of `parts` is to be inverted at a step: a number, `ALL`, or `IDLE` for none."""
         if self.options.adaptive is not None and self.inverted:
-            return
-        clock = self.clock
-        due = steps >= clock["next_inverse"] or not self.inverted
-        if due and clock["renewal"] == IDLE:
-            clock["next_inverse"] = steps + self.options.steps_to_next_inverse(steps)
-            if len(self.parts) == 1 or not self.inverted:
-                self.invert()
-                return
-            clock["renewal"] = 0
-        at = clock["renewal"]
-        if at != IDLE:
-            self.invert(self.parts[at], shifts=at == 0)
-            clock["renewal"] = at + 1 if at + 1 < len(self.parts) else IDLE
+            return IDLE
+        at: int = self.clock["renewal"]
+        if at == IDLE and (steps >= self.clock["next_inverse"] or not self.inverted):
+            return ALL if len(self.parts) == 1 or not self.inverted else 0
+        return at
+
+    def plan(self, steps: int) -> Plan:
+        """What a step does, as far as the host knows before it."""
+        fold = steps >= self.clock["next_fold"] or not self.any_seen
+        return Plan(fold, str(self.part_due(steps) if fold or self.any_seen else IDLE))
+
+    def note(self, plan: Plan, steps: int, pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """What the host has to know and to check when a planned step runs as part of a graph."""
+        if plan.fold:
+            self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
+            if with_gradients:
+                self.check_sampled()
+            if not self.all_seen:
+                self.check_taps(pending, with_gradients)
+            self.sampled, self.draws, self._ahead = False, 0, 0.0
+        part = int(plan.part)
+        if part != IDLE and self.any_seen:
+            self.note_renewal(steps, part)
+            self.note_new_bases(self.keys_of(part))
+            self.inverted = True
+
+    def keys_of(self, part: int) -> list[FactorKey] | None:
+        """The factors of a part; None stands for all."""
+        return None if part == ALL else self.parts[part]
+
+    def note_renewal(self, steps: int, part: int) -> None:
+        """When the next part is due, and the next renewal."""
+        if self.clock["renewal"] == IDLE:
+            self.clock["next_inverse"] = steps + self.options.steps_to_next_inverse(steps)
+        if part != ALL:
+            self.clock["renewal"] = part + 1 if part + 1 < len(self.parts) else IDLE
 
     # ---- between steps
 

@@ -18,6 +18,10 @@ class Exchange(Protocol):
     """What a step of KFAC asks of the others, in the order of the step. Functions of tensors, so that they compile."""
 
     @property
+    def place(self) -> int:
+        """Number of this rank among all that train the model."""
+
+    @property
     def held(self) -> Held | None:
         """Which factors this rank holds; None: all."""
 
@@ -78,6 +82,9 @@ class Exchange(Protocol):
     def whole(self, state: Mapping[int, Mapping[str, Any]], factors: Mapping[FactorKey, int]) -> dict[int, Any]:
         """The optimizer's state, whole: `factors` says which parameter holds each factor's."""
 
+    def bytes_sent(self) -> Sequence[int] | None:
+        """What this rank sends for each block in a step in which everything is due; None: nothing."""
+
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Raise RankMismatchError unless all ranks have the same model, options and weights."""
 
@@ -85,7 +92,11 @@ class Exchange(Protocol):
 class Alone:
     """One rank."""
 
+    place: int = 0
     held: Held | None = None
+
+    def bytes_sent(self) -> None:
+        """There is nobody to send to."""
 
     def attach(self, store: FactorStore, switch: CaptureSwitch) -> None:
         """Nothing to do with them."""

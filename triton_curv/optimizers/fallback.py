@@ -1,53 +1,75 @@
 """What parameters without a curvature block are trained with: AdamW or SGD, as torch.optim has them."""
 
-from collections.abc import MutableMapping
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from triton_curv.costs import update_cost
 from triton_curv.nvtx import stage
+from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.sharding.local import local
+from triton_curv_kernels import momentum_update_
 
 FallbackName = Literal["adamw", "sgd"]
+
+
+class Loose(NamedTuple):
+    """The parameters of one group without blocks that have gradients, their gradients, state and hyper-parameters."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    hyper: Tensor
 
 
 class Fallback(Protocol):
     """A first-order rule for one parameter group; its state lies in the optimizer's `state[param]`."""
 
-    defaults: dict[str, Any]
+    defaults: Mapping[str, Any]
 
     def init_state(self, param: Parameter) -> dict[str, Tensor]:
         """State of one parameter before the first step."""
 
-    def update(
-        self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
-    ) -> None:
-        """One step for the parameters, all of which have a gradient.
-
-        `ok` () is a flag on the device: where it is False nothing changes, and nobody waits to know. None is True.
-        """
+    def update(self, loose: Loose, fine: Tensor) -> None:
+        """One step; `fine` () is a flag on the device: where it is False nothing changes, and nobody waits to know."""
 
 
-def _for_each(scalar: Tensor, params: list[Parameter]) -> list[Tensor]:
-    """One 0-dim tensor for every parameter: foreach functions of a single one read it on the host, on CPU."""
-    return [scalar] * len(params)
+class LooseGroup(NamedTuple):
+    """All parameters of a group without blocks, and their state."""
+
+    params: list[Parameter]
+    states: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, params: list[Parameter], rule: Fallback, state: MutableMapping[Any, Any]) -> "LooseGroup":
+        """Give each its first state, in `state`."""
+        states = [rule.init_state(p) for p in params]
+        state.update(zip(params, states, strict=True))
+        return cls(list(params), states)
+
+    def active(self, hyper: Tensor) -> Loose:
+        """Those that have gradients."""
+        some = [(p, p.grad, state) for p, state in zip(self.params, self.states, strict=True) if p.grad is not None]
+        states = [{name: local(tensor) for name, tensor in state.items()} for _, _, state in some]
+        return Loose([local(p) for p, _, _ in some], [local(g) for _, g, _ in some], states, hyper)
 
 
-def _gradients(params: list[Parameter], group: dict[str, Any], ok: Tensor) -> list[Tensor]:
-    """Gradients to descend along, zero where the step does not happen: 0 * NaN is not 0."""
-    grads = [torch.where(ok, local(p.grad), 0.0) for p in params if p.grad is not None]
-    return list(torch._foreach_neg(grads)) if group["maximize"] else grads
+def _gradients(loose: Loose, fine: Tensor) -> list[Tensor]:
+    """Gradients, zero where the step does not happen: 0 * NaN is not 0."""
+    return [torch.where(fine, grad, 0.0) for grad in loose.grads]
+
+
+def _column(loose: Loose, name: str) -> list[Tensor]:
+    return [state[name] for state in loose.states]
 
 
 class AdamWFallback:
     """`torch.optim.AdamW`."""
 
-    defaults: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # noqa: RUF012  # read only
+    defaults: Mapping[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # read only
 
     def init_state(self, param: Parameter) -> dict[str, Tensor]:
         """step, exp_avg, exp_avg_sq."""
@@ -57,65 +79,33 @@ class AdamWFallback:
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
-    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
-    def update(
-        self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
-    ) -> None:
-        """torch's own functional AdamW on the group's state, or the same with a flag."""
-        exp_avgs = [local(state[p]["exp_avg"]) for p in params]
-        exp_avg_sqs = [local(state[p]["exp_avg_sq"]) for p in params]
-        steps = [state[p]["step"] for p in params]
-        if ok is not None:
-            self._update_where(ok, params, exp_avgs, exp_avg_sqs, steps, group)
-            return
-        adamw(
-            [local(p) for p in params],
-            [local(p.grad) for p in params if p.grad is not None],
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            steps,
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=float(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
-
-    @staticmethod
-    def _update_where(
-        ok: Tensor,
-        params: list[Parameter],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        steps: list[Tensor],
-        group: dict[str, Any],
-    ) -> None:
-        (beta1, beta2), lr, happens = group["betas"], group["lr"], ok.to(torch.float32)
-        grads = _gradients(params, group, ok)
-        torch._foreach_add_(steps, _for_each(happens, params))
-        torch._foreach_mul_(exp_avgs, _for_each(1 - (1 - beta1) * happens, params))
-        torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, _for_each(1 - (1 - beta2) * happens, params))
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    @stage("update", payload=lambda rule, loose, fine: update_cost(sum(p.numel() for p in loose.params)))
+    def update(self, loose: Loose, fine: Tensor) -> None:
+        """The rule by foreach functions; of lists of 0-dim tensors, which nobody reads on the host."""
+        hyper, happens, count = loose.hyper, fine.to(loose.hyper.dtype), len(loose.params)
+        lr, beta1, beta2 = (hyper[SLOT[name]] for name in ("lr", "beta1", "beta2"))
+        new1, new2 = hyper[SLOT["one_minus_beta1"]] * happens, hyper[SLOT["one_minus_beta2"]] * happens
+        exp_avgs, exp_avg_sqs, steps = (_column(loose, name) for name in ("exp_avg", "exp_avg_sq", "step"))
+        grads = _gradients(loose, fine)
+        torch._foreach_add_(steps, [happens] * count)
+        torch._foreach_mul_(exp_avgs, [1 - new1] * count)
+        torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, [new1 * hyper[SLOT["sign"]]] * count))
+        torch._foreach_mul_(exp_avg_sqs, [1 - new2] * count)
+        torch._foreach_addcmul_(exp_avg_sqs, torch._foreach_mul(grads, [new2] * count), grads)
         counted = [step.clamp_min(1.0) for step in steps]
         roots = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_div_(roots, [(1 - beta2**step).sqrt() for step in counted])
-        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_add_(roots, [hyper[SLOT["eps"]]] * count)
+        torch._foreach_mul_(loose.params, [1 - lr * hyper[SLOT["weight_decay"]] * happens] * count)
         updates = torch._foreach_div(exp_avgs, roots)
         torch._foreach_mul_(updates, [-lr * happens / (1 - beta1**step) for step in counted])
-        weights = [local(p) for p in params]
-        torch._foreach_mul_(weights, _for_each(1 - lr * group["weight_decay"] * happens, params))
-        torch._foreach_add_(weights, updates)
+        torch._foreach_add_(loose.params, updates)
 
 
 class SGDFallback:
     """`torch.optim.SGD` with momentum; its weight decay is the L2 term that torch's SGD has."""
 
-    defaults: dict[str, Any] = {}  # noqa: RUF012  # read only
+    defaults: Mapping[str, Any] = {}  # read only
 
     def init_state(self, param: Parameter) -> dict[str, Tensor]:
         """momentum_buffer, and step for checkpoints."""
@@ -124,35 +114,16 @@ class SGDFallback:
             "momentum_buffer": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
 
-    @stage("update", payload=lambda rule, params, *_: update_cost(sum(p.numel() for p in params)))
-    def update(
-        self, params: list[Parameter], state: MutableMapping[Any, Any], group: dict[str, Any], ok: Tensor | None
-    ) -> None:
-        """torch's own functional SGD on the group's state, or the same with a flag."""
-        buffers = [local(state[p]["momentum_buffer"]) for p in params]
-        if ok is not None:
-            happens, momentum, weights = ok.to(torch.float32), group["momentum"], [local(p.data) for p in params]
-            torch._foreach_add_([state[p]["step"] for p in params], _for_each(happens, params))
-            grads = _gradients(params, group, ok)
-            decayed = torch._foreach_mul(weights, _for_each(group["weight_decay"] * happens, params))
-            torch._foreach_mul_(buffers, _for_each(1 - (1 - momentum) * happens, params))
-            torch._foreach_add_(buffers, torch._foreach_add(grads, decayed))
-            torch._foreach_add_(weights, torch._foreach_mul(buffers, _for_each(-group["lr"] * happens, params)))
-            return
-        for p in params:
-            state[p]["step"] += 1
-        sgd(
-            [local(p) for p in params],
-            [local(p.grad) for p in params if p.grad is not None],
-            list(buffers),
-            foreach=True,
-            weight_decay=float(group["weight_decay"]),
-            momentum=float(group["momentum"]),
-            lr=float(group["lr"]),
-            dampening=0.0,
-            nesterov=False,
-            maximize=group["maximize"],
-        )
+    @stage("update", payload=lambda rule, loose, fine: update_cost(sum(p.numel() for p in loose.params)))
+    def update(self, loose: Loose, fine: Tensor) -> None:
+        """The rule by `momentum_update_`."""
+        happens = fine.to(loose.hyper.dtype)
+        torch._foreach_add_(_column(loose, "step"), [happens] * len(loose.params))
+        lr, momentum, weight_decay, *rest = loose.hyper[:OF_UPDATE].unbind()
+        hyper = torch.stack([lr * happens, 1 - (1 - momentum) * happens, weight_decay * happens, *rest])
+        scales = [happens * loose.hyper[SLOT["sign"]]] * len(loose.params)
+        buffers = _column(loose, "momentum_buffer")
+        momentum_update_(loose.params, buffers, _gradients(loose, fine), scales, hyper, coupled=True)
 
 
 FALLBACKS: dict[str, Fallback] = {"adamw": AdamWFallback(), "sgd": SGDFallback()}

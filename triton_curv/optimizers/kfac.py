@@ -1,6 +1,6 @@
 """K-FAC: natural gradient with Kronecker-factored curvature (arXiv 1811.12019, 2002.06015)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,20 +14,23 @@ from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.nvtx import stage
-from triton_curv.optimizers.apply import Work, apply_
+from triton_curv.optimizers.apply import Work
 from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Exchange
-from triton_curv.optimizers.fallback import FALLBACKS, FallbackName
+from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
-from triton_curv.optimizers.hyper import SLOT, HyperParameters
+from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
+from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
-from triton_curv.optimizers.trial import Before, Evaluate, evaluated, predicted_change, reduction_ratio
+from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register
+from triton_curv.optimizers.trial import Evaluate
+from triton_curv.optimizers.trials import Trials
 from triton_curv.schedules import GROWING, AdaptiveInterval, RefreshSchedule
 from triton_curv.sharding.choice import exchange_for
-from triton_curv.sharding.local import like, local
+from triton_curv.sharding.local import like
 from triton_curv.sharding.options import Sharding
 from triton_curv.sharding.ranks import Where, find_ranks
 
@@ -70,7 +73,8 @@ class KFAC(Rebuilt):
             which renews its inverse at once. Default: `GrowingInterval(20)`, at steps 0, 1, 2, 4, 8, 16, 32, then every
             20: curvature moves fastest at the start, where one batch tells little of it.
         inverse_interval: steps between renewals of the inverses, or a schedule; as above.
-        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all.
+        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all. Steps
+            that take statistics stay longer; with factor_interval=1 all steps cost about the same.
         inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A; or
             "neumann", products alone, started from the last inverse (`damped_inverse_`).
         ekfac: with "eigen", scale by second moments of the per-sample gradients in the eigenbasis instead of s_G s_A
@@ -102,6 +106,8 @@ class KFAC(Rebuilt):
         loss_scale: a constant the loss was multiplied with before backward(); gradients still carry it.
         grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
         maximize: ascend instead of descend.
+        compile: True, or arguments for `torch.compile`: each region of the step becomes a graph when it first
+            runs. `torch.compile(opt.step)` does the same to the whole step.
 
     Args, on several ranks of torch.distributed:
         process_group: "auto": the ranks of the model's DDP wrapper or of its FSDP2 mesh; of a model without a wrapper
@@ -151,6 +157,7 @@ class KFAC(Rebuilt):
         grad_scaler: torch.amp.GradScaler | None = None,
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         process_group: Where = "auto",
         sharding: Sharding | None = None,
     ) -> None:
@@ -176,8 +183,9 @@ class KFAC(Rebuilt):
             relative_damping = 0.3 if damping is None else 0.0
         self._found = find_ranks(model, process_group)
         self._sharding = Sharding() if sharding is None else sharding
-        self._model = self._found.model
-        self._scaler = grad_scaler
+        self._model, self._scaler = self._found.model, grad_scaler
+        self._number, self._plan = register(self), Plan()
+        self._regions = Regions({} if compile is True else compile or None)
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -189,8 +197,6 @@ class KFAC(Rebuilt):
         }
         layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, batch_dim)
         self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, layers)
-
-    # ---- construction
 
     def _build(
         self,
@@ -221,17 +227,18 @@ class KFAC(Rebuilt):
         dtype = torch.float64 if wide else torch.float32
         self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype)
         clock = self.param_groups[0]
-        self._curvature = Curvature(model, ordered, options, self._scaler, clock, self._per_block, self._exchange)
+        groups = [i for i, names in enumerate(blocks_of) for _ in names]
+        self._curvature = Curvature(
+            model, ordered, options, self._scaler, clock, self._current_rows, groups, self._exchange, self._regions
+        )
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         some = self._store.samples
         self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]
-        self._hyper = HyperParameters(len(self._matrices), some.dtype, some.device)
-        self._group_of_block = torch.tensor(
-            [i for i, names in enumerate(blocks_of) for _ in names], dtype=torch.int64, device=some.device
-        )
+        self._trials = Trials(model, self._curvature)
+        self._hyper = HyperParameters(len(self.param_groups), some.dtype, some.device)
         self._init_state()
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._exchange.require_equal([self._names[p] for p in params], params)
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._exchange.require_equal([self._names[p] for p in self._params], self._params)
         self._ready = True
 
     def _init_state(self) -> None:
@@ -260,10 +267,9 @@ class KFAC(Rebuilt):
                     first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
                 first.update(of_model)
                 of_model = {}
-        for group in self.param_groups:
-            if group["kind"] == "fallback":
-                for p in group["params"]:
-                    self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
+        self._loose, rule = list[LooseGroup](), FALLBACKS[self.options.fallback]
+        for group in self.param_groups[len(self._matrices) :]:
+            self._loose.append(LooseGroup.of(group["params"], rule, self.state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later have no block; `fallback` trains them, and `explain()` says so."""
@@ -275,12 +281,12 @@ class KFAC(Rebuilt):
             group = self.param_groups[-1]
             check_hyper_parameters(group)
             self._late.append(group)
+            self._loose.append(LooseGroup.of(group["params"], FALLBACKS[self.options.fallback], self.state))
+            self._params += group["params"]
             for p in group["params"]:
-                self.state[p] = dict(FALLBACKS[self.options.fallback].init_state(p))
                 self._names[p] = f"added parameter {len(self._names)}"
                 self._reasons[p] = "added by add_param_group"
-
-    # ---- curvature
+            self._hyper = HyperParameters(len(self.param_groups), self._store.samples.dtype, self._store.samples.device)
 
     @property
     def factor_interval(self) -> int:
@@ -331,20 +337,19 @@ class KFAC(Rebuilt):
         """
         self._curvature.sample_fisher(output, loss, mask=mask, dim=dim)
 
-    def _per_block(self, key: str) -> Tensor:
-        """A hyper-parameter as one number for each block."""
-        self._write_hyper_parameters()
-        return self._hyper.rows[:, SLOT[key]][self._group_of_block]
-
-    def _write_hyper_parameters(self) -> None:
-        self._hyper.write_(self.param_groups[: len(self._matrices)], self._steps, self.options)
+    def _current_rows(self, rows: Tensor | None = None) -> Tensor:
+        """The rows of hyper-parameters, brought up to date."""
+        rows = self._hyper.rows if rows is None else rows
+        steps, options = self._steps, self.options
+        of_model = OfModel(options.damping_rule.factor(steps), self._curvature.signal_scale)
+        self._hyper.write_(rows, [values_of(group, steps, options, of_model) for group in self.param_groups])
+        return rows
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold pending statistics, if any, and recompute all damped inverses now."""
         self._curvature.refresh()
-
-    # ---- the step
+        self._plan = self._curvature.plan(self._steps)
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch's overloads
@@ -360,6 +365,9 @@ class KFAC(Rebuilt):
                 called twice, at the steps where the damping rule measures what the last step achieved.
 
         """
+        if torch.compiler.is_compiling():
+            self._traced_step(closure, evaluate)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -372,15 +380,17 @@ class KFAC(Rebuilt):
     @stage("step", payload=lambda optimizer, steps, evaluate: steps)
     def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature
-        self._exchange.gradients_([p for group in self.param_groups for p in group["params"]])
+        self._exchange.gradients_(self._params)
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
             curvature.renew_statistics(steps)
         if curvature.any_seen:
             curvature.renew_inverses(steps)
-        before = self._before(steps, evaluate)
-        self._apply(steps)
+        before = self._trials.before(self._params, self.state, evaluate)
+        finite = self._apply(self._current_rows())
+        if not known_true(finite):
+            curvature.monitor.watch()
         if before is not None:
-            self._judge(before, cast("Evaluate", evaluate), steps)
+            self._trials.judge(before, cast("Evaluate", evaluate), self.param_groups[0]["maximize"])
         self._set_steps(steps + 1)
 
     def _set_steps(self, steps: int) -> None:
@@ -388,66 +398,52 @@ class KFAC(Rebuilt):
             group["step"] = steps
         self._switch.mask = None
         self.capture(self._curvature.wanted(steps))
+        self._plan = self._curvature.plan(steps)
 
-    def _apply(self, steps: int) -> None:
-        """Region 3, and the parameters without a block."""
-        self._write_hyper_parameters()
-        rows = zip(self.param_groups, self._matrices, self._hyper.of_group, strict=False)
-        work = [
-            Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper, group["maximize"])
-            for group, matrices, hyper in rows
-            if (lists := matrices.active()).leaves
-        ]
-        loose = [local(cast("Tensor", p.grad)) for _, params in self._loose() for p in params]
-        curvature = self._curvature
-        finite = apply_(work, loose, self._store.samples, curvature.events[0], self.options, self._exchange)
-        healthy = known_true(finite)
-        if not healthy:
-            curvature.monitor.watch()
-        for group, params in self._loose():
-            if params:
-                FALLBACKS[self.options.fallback].update(params, self.state, group, None if healthy else finite)
-
-    def _loose(self) -> Iterator[tuple[dict[str, Any], list[nn.Parameter]]]:
-        """Parameter groups without blocks, and those of their parameters that have gradients."""
-        for group in self.param_groups:
-            if group["kind"] == "fallback":
-                yield group, [p for p in group["params"] if p.grad is not None]
-
-    # ---- was it a good step?
-
-    def _before(self, steps: int, evaluate: Evaluate | None) -> Before | None:
-        """What a measured step starts from; None where the damping rule measures nothing."""
-        interval = self.options.damping_rule.interval
-        if not interval or steps % interval:
-            return None
-        if evaluate is None:
+    def _traced_step(self, closure: object, evaluate: object) -> None:
+        """The step as a part of a graph: the regions of its plan; the host's share of it when the graph runs."""
+        options, curvature, plan = self.options, self._curvature, self._plan
+        if closure is not None or evaluate is not None or options.damping_rule.interval or options.adaptive is not None:
             raise ConfigurationError(
-                f"{type(self.options.damping_rule).__name__} expects step(evaluate=...) every {interval} steps, a "
-                "function that returns the loss of the batch without backward(); got none"
+                "expected no closure, no AdaptiveInterval and no damping rule that measures in a compiled step, which "
+                "looks at no values: compile the regions instead, KFAC(..., compile=True)"
             )
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        changing = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-        state = [self.state[p][name] for p in params for name in changing if name in self.state[p]]
-        return Before.of(self._exchange.mean(evaluated(self._model, evaluate, steps)), params, state)
+        store, rows = self._store, self._hyper.rows
+        how = curvature.normalisation(rows)
+        self._exchange.gradients_(self._params)
+        if plan.fold and options.fisher != "empirical":
+            store.unstash()
+        pending = self._exchange.seen(store, how) if plan.fold else store.samples
+        begin_step_(rows, pending, self._number, curvature.with_gradients() if plan.fold else [])
+        if plan.fold:
+            fold_(store, curvature.folded, how, None, self._exchange)
+        part = int(plan.part)
+        if part != IDLE:
+            lambdas = curvature.lambdas(rows) if part in (ALL, 0) else None
+            refresh_(store, curvature.turned, curvature.keys_of(part), lambdas, self._exchange)
+        self._apply(rows)
 
-    def _judge(self, before: Before, evaluate: Evaluate, steps: int) -> None:
-        """The reduction ratio moves the damping; a step that raised the loss is taken back if the rule says so."""
-        rule, summed = self.options.damping_rule, self.options.reduction == "sum"
-        after = self._exchange.mean(evaluated(self._model, evaluate, steps))
-        units = self._store.samples.amax() if summed else 1.0
-        blocks = [block for block in self.blocks.values() if self._store.owns(next(iter(block.keys.values())))]
-        predicted = predicted_change(blocks, before, self.options.loss_scale, units, self._exchange.total)
-        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
-        ratio = reduction_ratio(sign * before.loss, sign * after, sign * predicted)
-        self._curvature.damping_gain.copy_(
-            rule.adapt(self._curvature.damping_gain, ratio.to(self._curvature.damping_gain))
-        )
-        if rule.reject:
-            worse = ~(sign * after <= sign * before.loss)
-            before.restore_(worse)
-            self._curvature.events[3].add_(worse.to(self._curvature.events.device))
-            self._curvature.monitor.watch()
+    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
+        self._curvature.monitor.watch()
+        self._curvature.note(self._plan, self._steps, pending, with_gradients)
+        self._current_rows(rows)
+        self._set_steps(self._steps + 1)
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        """Region 3; returns whether gradients are finite, ()."""
+        work, loose, of_group = [], [], rows.unbind()
+        for matrices, hyper in zip(self._matrices, of_group, strict=False):
+            lists = matrices.active()
+            if lists.leaves:
+                work.append(Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper))
+        for group, hyper in zip(self._loose, of_group[len(self._matrices) :], strict=True):
+            active = group.active(hyper)
+            if active.params:
+                loose.append(active)
+        region, skipped = self._regions.apply, self._curvature.events[0]
+        finite: Tensor = region(work, loose, self._store.samples, skipped, self.options, self._exchange)
+        return finite
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -490,7 +486,8 @@ class KFAC(Rebuilt):
 
     def explain(self) -> Coverage:
         """Which parameter is trained how, and why: printable, one row for each parameter."""
-        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback)
+        sent = self._exchange.bytes_sent()
+        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback, sent)
 
     def health(self) -> dict[str, dict[str, Any]]:
         """Per block: residual of the last inverses, failed tries in a row, rung of the ladder.

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from triton_curv.blocks.bank import FactorKey, FactorStore, Normalisation
 from triton_curv.damping import ConstantDamping, DampingRule
 from triton_curv.errors import ConfigurationError
@@ -92,7 +94,7 @@ class KFACOptions:
         chosen = self.inverse_interval
         return (FixedInterval(chosen) if isinstance(chosen, int) else chosen).interval(step)
 
-    def normalisation(self, signal_scale: float) -> Normalisation:
+    def normalisation(self, signal_scale: float | Tensor) -> Normalisation:
         """How sums become statistics. Sampled signals are per unit: they carry neither a mean nor a scale."""
         if self.fisher == "empirical":
             return Normalisation(self.factor_decay, self.loss_scale * signal_scale, self.reduction == "sum")

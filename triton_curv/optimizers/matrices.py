@@ -56,6 +56,7 @@ class Lists(NamedTuple):
     row_index: Tensor  # the same, on the device
     block_indices: list[int]
     fans_out: list[int]
+    stale: Sequence[Tensor] = ()  # whole buffers, in which other blocks have left what must not enter sums
 
 
 def fan_out(rule: Rule, name: str) -> int:
@@ -108,27 +109,33 @@ class MatrixGroup:
             )
             self.rows.append(Row(block, matrices[0], matrices[1], parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
-        self._cache: tuple[tuple[bool, ...], Lists] | None = None
+        self._cache: dict[tuple[bool, ...], Lists] = {}
 
     def active(self) -> Lists:
         """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
+        if torch.compiler.is_compiling():
+            return self._active()
         present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
-        if self._cache is None or self._cache[0] != present:
-            rows = [row for row in self.rows if any(part.param.grad is not None for part in row.parts)]
-            for row in rows:
-                if any(part.param.grad is None for part in row.parts):
-                    raise NoStatisticsError(
-                        f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
-                        "got one for some of them only"
-                    )
-            for buffer in (self.grads, self.updates):
-                buffer.zero_()  # what an idle block left there must not enter a sum over the whole buffer
-            self._cache = (present, self._lists(rows))
-        return self._cache[1]
+        if present not in self._cache:
+            self._cache[present] = self._active()
+        return self._cache[present]
+
+    def _active(self) -> Lists:
+        rows = [row for row in self.rows if any(part.param.grad is not None for part in row.parts)]
+        for row in rows:
+            if any(part.param.grad is None for part in row.parts):
+                raise NoStatisticsError(
+                    f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
+                    "got one for some of them only"
+                )
+        stale = (self.grads, self.updates) if len(rows) < len(self.rows) else ()
+        return self._lists(rows)._replace(stale=stale)
 
     def _lists(self, rows: list[Row]) -> Lists:
         parts = [part for row in rows for part in row.parts]
-        sizes = torch.tensor([row.update.numel() for row in rows], dtype=self.grads.dtype, device=self.grads.device)
+        sizes = torch.tensor(
+            [float(row.update.numel()) for row in rows], dtype=self.grads.dtype, device=self.grads.device
+        )
         return Lists(
             operators=[row.block.operator for row in rows],
             leaves=[part.param for part in parts],

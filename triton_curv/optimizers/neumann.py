@@ -1,7 +1,8 @@
 """Neumann optimizer: the inverse Hessian implicitly, by Neumann iterates, at one gradient a step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -13,12 +14,13 @@ from torch.optim.optimizer import ParamsT, StateDict
 from triton_curv.costs import Cost
 from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
 from triton_curv.nvtx import stage
+from triton_curv.optimizers.hyper import write_rows_
+from triton_curv.optimizers.neumann_step import SLOTS, GroupTensors, Plan, norm, step_groups_
 from triton_curv.optimizers.state import load_state_in_place
+from triton_curv.optimizers.traced import REGION, begin_step_, register
 from triton_curv.sharding.ranks import mesh_of
 from triton_curv.sharding.weights import local_of
 from triton_curv_kernels.neumann import neumann_update_
-
-Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def next_reset(t: int, period: int) -> int:
@@ -86,6 +88,7 @@ class Neumann(Optimizer):
         warmup: steps of SGD before the main loop.
         weight_decay: L2 coefficient; weight_decay * w is added to the gradient.
         maximize: ascend instead of descend.
+        compile: True, or arguments for `torch.compile`: each kind of step becomes a graph when it first runs.
 
     Raises:
         ConfigurationError: a number out of range, complex parameters, parameters on several devices.
@@ -106,6 +109,7 @@ class Neumann(Optimizer):
         warmup: int = 20,
         weight_decay: float | Tensor = 0.0,
         maximize: bool = False,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -121,12 +125,20 @@ class Neumann(Optimizer):
         }
         self._last_hyper: dict[Tensor, tuple[list[float], Tensor]] = {}
         self._shards: dist.ProcessGroup | None = None
+        self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
+        self._groups, self._plans, self._rows = list[GroupTensors](), list[Plan](), list[Tensor]()
+        self._number = register(self)
+        compiling = {} if compile is True else compile
+        self._compiled = None if compiling is False else torch.compile(step_groups_, **{**REGION, **compiling})
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what copies and unpickled optimizers lack
         super().__setstate__(state)
-        self._last_hyper = {}
+        self._last_hyper, self._compiled, self._number = {}, None, register(self)
         self._shards = self._find_shards()
+        self._groups, self._plans, self._rows = [], [], []
+        for group in self.param_groups:
+            self._lay_out(group)
 
     @property
     def evaluating(self) -> bool:
@@ -161,6 +173,20 @@ class Neumann(Optimizer):
         distance_dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
         distance = torch.zeros((), dtype=distance_dtype, device=next(iter(devices), None))
         group.update(step=0, distance=distance, evaluating=False)
+        self._lay_out(group)
+
+    def _lay_out(self, group: Mapping[str, Any]) -> None:
+        """Lists of the group's tensors, for steps that are functions of tensors."""
+        distance: Tensor = group["distance"]
+        if group["params"]:
+            states = [self.state[p] for p in group["params"]]
+            m, v = [state["momentum_buffer"] for state in states], [state["exp_avg"] for state in states]
+            self._groups.append(GroupTensors(list(group["params"]), m, v, distance.view(1)))
+            self._plans.append(Plan())
+            wide = any(each.distance.dtype == torch.float64 for each in self._groups)
+            dtype = torch.float64 if wide else torch.float32
+            self._rows[:] = [torch.zeros(len(self._groups), len(SLOTS), dtype=dtype, device=distance.device)]
+            self._plan()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -168,9 +194,6 @@ class Neumann(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch leaves it untyped
-        reason="the step decides by Python counters; what it launches are compile-clean ops"
-    )
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step with the gradients at the displaced weights; returns the loss of `closure`, if there is one.
@@ -180,6 +203,14 @@ class Neumann(Optimizer):
             SparseGradientError: a gradient is sparse.
 
         """
+        if torch.compiler.is_compiling():
+            if closure is not None:
+                raise ConfigurationError("expected no closure in a compiled step: use Neumann(..., compile=True)")
+            self._refuse_shards()
+            plans, rows = list(self._plans), self._rows[0]
+            begin_step_(rows, rows, self._number, self._with_gradients())
+            self._run(plans, rows)
+            return None
         if self.evaluating:
             raise EvaluationModeError("expected train() before step(), got eval() mode: the parameters hold w - mu m")
         loss = None
@@ -196,13 +227,59 @@ class Neumann(Optimizer):
         for grad in (p.grad for group in groups for p in group["params"]):
             if grad is not None and grad.layout != torch.strided:
                 raise SparseGradientError(f"expected dense gradients, got one of layout {grad.layout}")
+        if self._compiled is not None:
+            self._refuse_shards()
+            self._plan()  # somebody may have changed a group since
+            plans, rows = [replace(plan) for plan in self._plans], self._rows[0]
+            self.begin_step(rows, rows, self._with_gradients())
+            self._run(plans, rows)
+            return
         distances = [group["distance"] for group in groups]
         if len(groups) > 1:
-            distances = [_norm(distances)] * len(groups)
-        variables = sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
+            distances = [norm(distances)] * len(groups)
+        variables = self._variables()
         moved = [g for g, d in zip(groups, distances, strict=True) if self._step_group(g, d, variables)]
         if moved and self._shards is not None:
             _sum_over(self._shards, [group["distance"] for group in moved])
+        self._plan()
+
+    def _refuse_shards(self) -> None:
+        if self._shards is not None:
+            raise ConfigurationError("a compiled step expects parameters that are whole on each rank, got DTensors")
+
+    def _with_gradients(self) -> list[int]:
+        """The groups in which some parameter has a gradient; the others stand still."""
+        return [i for i, group in enumerate(self._groups) if any(p.grad is not None for p in group.params)]
+
+    def _variables(self) -> int:
+        return sum(p.numel() for group in self.param_groups for p in group["params"] if p.requires_grad)
+
+    def _run(self, plans: Sequence[Plan], rows: Tensor) -> None:
+        """The step by functions of tensors alone, compiled or in the graph of somebody who compiles `step`."""
+        region = step_groups_ if self._compiled is None else self._compiled
+        region(self._groups, plans, rows)
+
+    def _plan(self) -> None:
+        """What the next step of each group will be."""
+        for group, plan in zip((g for g in self.param_groups if g["params"]), self._plans, strict=True):
+            t = group["step"] + 1 - group["warmup"]
+            is_reset = t >= 1 and t == next_reset(t - 1, group["period"])
+            plan.fresh, plan.phase = group["step"] == 0, "warmup" if t < 1 else "reset" if is_reset else "main"
+            decay = group["weight_decay"]
+            plan.decays, plan.maximize = isinstance(decay, Tensor) or decay != 0, bool(group["maximize"])
+
+    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
+        if self.evaluating:
+            raise EvaluationModeError("expected train() before step(), got eval() mode: the parameters hold w - mu m")
+        values, variables = [], self._variables()
+        for i, group in enumerate(g for g in self.param_groups if g["params"]):
+            group["step"] += i in with_gradients
+            mu = mu_at(group["step"] - group["warmup"], group["mu"], group["mu_steps"])
+            of_update = [group["lr"], mu, group["alpha"], group["beta"] * variables, group["gamma"]]
+            values.append([*of_update, group["weight_decay"]])
+        write_rows_(rows, values)
+        self._plan()
 
     @stage("update", payload=lambda optimizer, group, *_: neumann_cost(group["params"]))
     def _step_group(self, group: dict[str, Any], distance: Tensor, variables: int) -> bool:
@@ -230,7 +307,7 @@ class Neumann(Optimizer):
                 torch._foreach_add_(params, descent)
             else:
                 torch._foreach_copy_(momentum_buffers, descent)
-            group["distance"].copy_(_norm(torch._foreach_sub(whole, self._exp_avgs(every))))
+            group["distance"].copy_(norm(torch._foreach_sub(whole, self._exp_avgs(every))))
             return True
 
         mu = mu_at(t, group["mu"], group["mu_steps"])
@@ -240,7 +317,7 @@ class Neumann(Optimizer):
         neumann_update_(params, momentum_buffers, self._exp_avgs(moving), grads, group["distance"], hyper)
         if len(moving) < len(every):
             still = [p for p in every if p.grad is None]
-            rest = _norm(torch._foreach_sub(_local(still), self._exp_avgs(still)))
+            rest = norm(torch._foreach_sub(_local(still), self._exp_avgs(still)))
             torch.hypot(group["distance"], rest, out=group["distance"])
         return True
 
@@ -323,16 +400,11 @@ class Neumann(Optimizer):
             raise
         for group, distance in zip(self.param_groups, distances, strict=True):
             group["distance"] = distance.copy_(group["distance"])
+        self._plan()
 
 
 # A scheduler wraps `step` to see that it is called; compiled before that, `step` would be called unseen.
 vars(Neumann.step)["_wrapped_by_lr_sched"] = True
-
-
-def _norm(tensors: Tensors) -> Tensor:
-    """The 2-norm of all elements of all tensors together."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,23 +1,63 @@
-"""Regions 1 and 2 of a step of KFAC, statistics into averages and averages into inverses. Region 3 is in `apply`."""
+"""The regions of a step of KFAC: statistics into averages, averages into inverses, gradients into new weights.
 
-from collections.abc import Sequence
+Functions of tensors without a look at any value: each compiles as one graph and can be captured in a CUDA graph.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.centre import Mean, centre_, gradients_of_biases, means_of
+from triton_curv.optimizers.apply import apply_
 from triton_curv.optimizers.exchange import Exchange
+from triton_curv.optimizers.hyper_slots import SLOT
+from triton_curv.optimizers.traced import REGION
+
+Region = Callable[..., Any]
+
+
+class Folded(NamedTuple):
+    """Blocks with second moments, blocks whose G is centred, and what the loss was multiplied with."""
+
+    moving: Sequence[Block]
+    centred: Sequence[Block]
+    loss_scale: float
+
+
+class Lambdas(NamedTuple):
+    """Rows of hyper-parameters, which of them is each block's, and what the damping rule has made of lambda, (1,)."""
+
+    rows: Tensor
+    group_of_block: Tensor
+    gain: Tensor
+
+    def of_blocks(self) -> tuple[Tensor, Tensor]:
+        """The absolute and the relative damping of each block."""
+        factor = self.rows[0, SLOT["damping_factor"]] * self.gain
+        absolute, relative = (self.rows[:, SLOT[name]] for name in ("damping", "relative_damping"))
+        return absolute[self.group_of_block] * factor, relative[self.group_of_block] * factor
 
 
 def fold_(
     store: FactorStore,
-    moving: Sequence[Block],
+    folded: Folded,
     how: Normalisation,
     due: Tensor | None,
     exchange: Exchange,
 ) -> None:
-    """Fold pending statistics into the moving averages, those of `moving` blocks' second moments included."""
+    """Fold pending statistics into the moving averages, second moments included, and centre G."""
+    means: dict[FactorKey, Mean] = {}
+    before, moving = store.folds, folded.moving
+    if folded.centred:
+        gradients = gradients_of_biases(folded.centred, store.samples)
+        counts = torch.stack((store.counts[:, 0], store.seen()))
+        gradients, counts = exchange.centres(gradients, counts)
+        means = means_of(folded.centred, gradients, counts, how, folded.loss_scale)
+        before = store.folds.clone()
     if moving:
         scale, weight = store.pending(how)
         for block in moving:
@@ -26,25 +66,42 @@ def fold_(
             block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
             block.renew_gains_()
     exchange.fold_(store, how, due)
+    centre_(store, means, before, how.decay)
 
 
 def refresh_(
     store: FactorStore,
     turned: Sequence[Block],
     keys: Sequence[FactorKey] | None,
-    dampings: tuple[Tensor, Tensor] | None,
+    lambdas: Lambdas | None,
     exchange: Exchange,
 ) -> None:
     """Renew damped inverses or eigenbases, all or those of some factors, and the gains of `turned` blocks.
 
-    `dampings`, absolute and relative, per block, split lambda anew between the factors; None leaves it as it is.
+    `lambdas` are split anew between the factors; None leaves that as it is.
     """
-    if dampings is not None:
-        store.set_shifts_(*dampings)
+    if lambdas is not None:
+        store.set_shifts_(*lambdas.of_blocks())
     exchange.invert_(store, keys)
     owners = {key.block for key in (store.keys if keys is None else keys)}
     for block in turned:
         if block.moments is not None and block.index in owners:
             block.moments.restart_()
-        if dampings is not None or block.index in owners:
+        if lambdas is not None or block.index in owners:
             block.renew_gains_()
+
+
+class Regions:
+    """The three, as they are or, with arguments for `torch.compile`, each compiled when it first runs."""
+
+    def __init__(self, compiling: Mapping[str, Any] | None) -> None:
+        self.compiling = compiling
+        self.fold = self._maybe_compiled(fold_)
+        self.refresh = self._maybe_compiled(refresh_)
+        self.apply = self._maybe_compiled(apply_)
+
+    def _maybe_compiled(self, region: Region) -> Region:
+        if self.compiling is None:
+            return region
+        compiled: Region = torch.compile(region, **{**REGION, **self.compiling})
+        return compiled

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_curv.blocks import Block, Rule
 from triton_curv.blocks.operator import Sums
 from triton_curv.errors import ConfigurationError
+from triton_curv.nvtx import stage
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
 from triton_curv.sharding.options import Sharding
@@ -65,6 +66,7 @@ class ShardTeam(Team):
             if self.options.reduction == "sum" and each.row_grads:
                 torch._foreach_mul_(each.row_grads, self.world)
 
+    @stage("all-gather", payload=lambda team, lists: sum(m.nbytes for each in lists for m in each.row_updates))
     def updates_(self, lists: Sequence[Lists]) -> None:
         """Updates to the shards."""
         if lists:

@@ -75,7 +75,7 @@ class ShardGroup(MatrixGroup):
             grad, update = matrices or (empty, empty)
             self.rows.append(Row(block, grad, update, tuple(parts)))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
-        self._cache = None
+        self._cache = {}
 
     def _lists(self, rows: list[Row]) -> Lists:
         parts = [part for row in rows for part in row.parts]

@@ -27,6 +27,7 @@ from triton_curv.sharding.plan import Plan, PlanOptions, make_plan
 from triton_curv.sharding.ranks import Found, open_channels, require_equal
 from triton_curv.sharding.state import entries_of, whole_state
 from triton_curv.sharding.statistics import StatisticsExchange
+from triton_curv.sharding.traffic import Wire, bytes_of_layers
 
 MIB = 1 << 20
 
@@ -73,7 +74,7 @@ class Team:
         self.world = len(found.ranks)
         self.averages = self._who_averages(found.ddp)
         self._of_blocks = {id(p) for rule in rules.values() for p in rule.params.values()}
-        place = self.channels.place
+        self.place = place = self.channels.place
         self.mine = frozenset(self.plan.layers_of(place))
         factors = [[FactorKey(i, f.name) for f in layer.factors] for i, layer in enumerate(self.plan.layers)]
         self.held = Held(
@@ -270,6 +271,12 @@ class Team:
         """The state with what single ranks know, on all. `factors`: the parameter that holds each. A collective."""
         owned = [(self.held.owners[key], index, key.name) for key, index in factors.items()]
         return whole_state(state, entries_of(state, owned), self.channels.replica, self.store.samples)
+
+    def bytes_sent(self) -> Sequence[int]:
+        """By the plan."""
+        parallel = "plain" if self.averages is not None else "fsdp" if self.ddp is None else "ddp"
+        itemsize = (self.sharding.wire or self.store.samples.dtype).itemsize
+        return bytes_of_layers(self.plan, Wire(parallel, itemsize, itemsize), self.channels.place)
 
     def require_equal(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """All ranks have the same model, options and weights, or all raise RankMismatchError."""

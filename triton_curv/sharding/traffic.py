@@ -100,6 +100,40 @@ def transfers(plan: Plan, wire: Wire) -> tuple[Transfer, ...]:
     return tuple(transfer for transfer in found if transfer.ranks > 1)
 
 
+def bytes_of_layers(plan: Plan, wire: Wire, rank: int) -> tuple[int, ...]:
+    """What a rank sends on behalf of each layer in a step in which everything is due; together what `transfers` says.
+
+    Up to rounding: FSDP2's even shards are taken of each layer, not of all gradients in one.
+    """
+    grid = plan.grid
+    position = rank % grid.size
+    _, row, column = grid.place(position)
+    found = []
+    for i, layer in enumerate(plan.layers):
+        sent = 0
+        mine, numbers = plan.columns[i] == column, layer.gradient
+        for number, factor in enumerate(layer.factors):
+            owned = plan.owner(i, number) == position
+            statistics = reducing(factor.packed, grid.replicas, 1) if owned else factor.packed
+            to_next = plan.inverters[i][number] == (row + 1) % grid.rows
+            inverses = factor.packed if mine and grid.rows > 1 and not to_next else 0
+            sent += (statistics + inverses) * wire.statistics
+        share = even_share(numbers, grid.size, position, position + 1)
+        if wire.parallel == "fsdp":
+            start = position - position % grid.columns
+            beside = even_share(numbers, grid.size, start, start + grid.columns) - share
+            gradients = numbers - share + reducing(share, grid.replicas, 1) + (grid.rows - mine) * share
+            updates = beside if mine else 0
+        else:
+            updates = numbers if grid.columns > 1 and plan.columns[i] != (column + 1) % grid.columns else 0
+            if wire.parallel == "ddp" or grid.rows > 1:
+                gradients = reducing(numbers, grid.world_size, 1)
+            else:
+                gradients = reducing(numbers, grid.replicas, 1) if mine else numbers
+        found.append(sent + (gradients + updates) * wire.gradients)
+    return tuple(found)
+
+
 def of_sgd(numbers: int, world_size: int, shard_size: int, wire: Wire) -> tuple[Transfer, ...]:
     """What SGD sends for `numbers` parameters: a ring all-reduce, or FSDP2's reduce-scatter."""
     if wire.parallel != "fsdp":

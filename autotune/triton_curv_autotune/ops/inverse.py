@@ -120,7 +120,9 @@ def apply_describe(inputs: Inputs) -> list[tuple[str, Any]]:
 
 
 EXAMPLES = tuple(
-    DampedInverseProblem(n, batch=batch) for n, batch in product((16, 64, 256, 576, 1024, 2304, 4608), (1, 16))
+    DampedInverseProblem(n, batch=batch)
+    for n, batch in product((16, 64, 256, 576, 1024, 2304, 4608), (1, 16))
+    if n * batch <= 1 << 14
 )
 APPLY_EXAMPLES = tuple(
     ApplyProblem(numel, dtype, side=side, aligned=aligned)

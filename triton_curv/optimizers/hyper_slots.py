@@ -1,0 +1,27 @@
+"""Where each hyper-parameter lies in a row of `HyperParameters`."""
+
+# The first five are what `momentum_update_` takes; `average` is 1 - momentum, and `settled` the sum of the weights that
+# the momentum, an average, holds before the step: 1 - momentum^steps. `damping_factor` multiplies both dampings.
+# `signal_scale` is what a GradScaler multiplies the loss with; `sign` is -1 where the loss is maximised.
+SLOTS = (
+    "lr",
+    "momentum",
+    "weight_decay",
+    "momentum_weight",
+    "update_weight",
+    "average",
+    "settled",
+    "lr_squared",
+    "damping",
+    "relative_damping",
+    "damping_factor",
+    "signal_scale",
+    "sign",
+    "beta1",
+    "beta2",
+    "one_minus_beta1",
+    "one_minus_beta2",
+    "eps",
+)
+SLOT = {name: i for i, name in enumerate(SLOTS)}
+OF_UPDATE = 5

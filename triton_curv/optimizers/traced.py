@@ -1,0 +1,68 @@
+"""What a step decides on the host, as one operation in the graph of somebody who compiles `opt.step`.
+
+A graph holds tensors and launches; which regions of a step run is decided before, by `Plan`, whose fields the graph is
+guarded on. When the graph runs, `begin_step_` does on the host what an eager step does there: it writes
+hyper-parameters to the device, counts the step and makes the next plan. So no number of a schedule is in any guard.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+IDLE = -1  # no renewal of inverses is under way
+ALL = -2  # a renewal of all of them at once
+# How regions are compiled unless the user says otherwise: shapes never change, recompiles of one optimizer's regions
+# don't count for another's, and parts of a renewal are a graph each.
+REGION: Mapping[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
+
+
+@dataclass
+class Plan:
+    """What the next step does before it moves: fold statistics, and invert a part of the factors, `ALL` or none.
+
+    The part is written as a string: graphs are guarded on its value, while a number that changes would become a symbol.
+    """
+
+    fold: bool = True
+    part: str = str(ALL)
+
+
+class Host(Protocol):
+    """An optimizer's decisions."""
+
+    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """Hyper-parameters into `rows`; everything else that a planned step does without tensors."""
+
+
+_hosts: WeakValueDictionary[int, Host] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(host: Host) -> int:
+    """A number for an optimizer, by which a graph finds it as long as it lives."""
+    number = next(_numbers)
+    _hosts[number] = host
+    return number
+
+
+@torch.library.custom_op("triton_curv::begin_step_", mutates_args={"rows"}, tags=(torch.Tag.cudagraph_unsafe,))
+def _begin_step(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> None:
+    host = _hosts.get(number)
+    if host is None:
+        raise RuntimeError("a compiled step was called after its optimizer was deleted")
+    host.begin_step(rows, pending, with_gradients)
+
+
+@_begin_step.register_fake
+def _(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> None:
+    return None
+
+
+def begin_step_(rows: Tensor, pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
+    """`host.begin_step` of optimizer `number`, whenever the graph runs."""
+    torch.ops.triton_curv.begin_step_(rows, pending, number, list(with_gradients))
