@@ -157,7 +157,7 @@ class Curvature:
         if switch.traced:  # a compiled training pass has left statistics among the sampled ones
             store.unstash() if self.sampled else store.forget()
         # one stream for each micro-batch of each step, so that a resumed run draws the same
-        place = self._exchange.place << 48  # ranks draw for other samples, so other numbers
+        place = self.exchange.place << 48  # ranks draw for other samples, so other numbers
         generator = torch.Generator(output.device).manual_seed(place | self.steps << 16 | self.draws)
         self.draws += 1
         sent = signals(output, loss, exact=options.fisher == "exact", mask=mask, dim=dim, generator=generator)
