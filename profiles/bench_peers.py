@@ -39,7 +39,7 @@ TASKS = (
     "autoencoder-mnist5k",
     "bnn-mnist5k",
 )
-FULL_SEARCH = TASKS[:4]  # so cheap that every rate runs to the end
+
 RESULTS = Path(__file__).parent / "results"
 CYCLE = 20
 
@@ -112,8 +112,7 @@ def measure(task: Scenario, names: Sequence[str], arguments: argparse.Namespace)
     found: dict[str, tuple[Found | None, str]] = {}
     with one_thread():
         for name in names:
-            keep = arguments.rates if task.name in FULL_SEARCH else arguments.keep
-            found[name] = search(trials, PEERS[name], arguments.rates, arguments.seeds, keep)
+            found[name] = search(trials, PEERS[name], arguments.rates, arguments.seeds, arguments.keep)
             print(f"{task.name:20} {name:16} {_line(*found[name], task)}", flush=True)
     rates = {name: f.rate for name, (f, _) in found.items() if f is not None and f.rate is not None}
     rates.setdefault("sgd", task.learning_rates["sgd"])
