@@ -184,11 +184,8 @@ class KFAC(Rebuilt):
         self._found = find_ranks(model, process_group)
         self._sharding = Sharding() if sharding is None else sharding
         self._model, self._scaler = self._found.model, grad_scaler
-        self._number, self._plan, self._regions = (
-            register(self),
-            Plan(),
-            Regions({} if compile is True else compile or None),
-        )
+        self._number, self._plan = register(self), Plan()
+        self._regions = Regions({} if compile is True else compile or None)
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -476,7 +473,7 @@ class KFAC(Rebuilt):
 
     def detach(self) -> None:
         """Take the taps off the model; the optimizer can't step with fresh curvature afterwards."""
-        self._switch.enabled = False
+        self.capture(False)
         for handle in self._curvature.handles:
             handle.remove()
 
