@@ -90,7 +90,7 @@ def small_net() -> nn.Module:
 
 
 def with_doubling() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), Doubling(), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(6, 8), Doubling(), nn.ReLU(inplace=True), nn.Linear(8, 3))
 
 
 def verdict_of(model: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> Verdict:
@@ -187,6 +187,15 @@ def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = broken(operator, "__call__", scaled)
         assert [product.ok for product in wrong.products] == [index != 0, index != 1]
         assert not wrong.ok
+
+
+def test_a_dead_layer_is_no_failure() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)  # type: ignore[operator]  # a Parameter
+    verdict = verdict_of(model, 4)
+    assert verdict.ok
+    assert verdict.blocks[0].gap is None
 
 
 def test_ops_without_second_derivatives_are_named_with_their_layer() -> None:

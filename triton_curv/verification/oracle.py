@@ -179,6 +179,9 @@ def solve(factors: Mapping[str, Tensor], matrix: Tensor, damping: float) -> Tens
     G = G if G.dim() == 3 else G[None]
     done = []
     for a, g, d in zip(A, G, matrix, strict=True):
+        if not float(a.trace()) or not float(g.trace()):
+            done.append(torch.zeros_like(d))  # a dead group: its gradient is 0, and so is its step
+            continue
         pi = (a.trace() / len(a) / (g.trace() / len(g))).sqrt()
         left = torch.linalg.solve(damped(g, damping**0.5 / pi), d)
         done.append(torch.linalg.solve(damped(a, damping**0.5 * pi), left.T).T)

@@ -174,7 +174,8 @@ def _twice(problem: Problem, layer: nn.Module, inputs: Tensor) -> bool:
         params.append(inputs.requires_grad_())
 
     def closure() -> Tensor:
-        return torch.stack([o.square().sum() for o in floating_tensors(layer(inputs))]).sum()
+        copied = inputs.clone()  # a layer may work in place, which a leaf forbids
+        return torch.stack([o.square().sum() for o in floating_tensors(layer(copied))]).sum()
 
     try:
         if params:
