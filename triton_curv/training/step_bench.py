@@ -86,7 +86,8 @@ def bench_steps(
             forward = torch.compile(model) if mode else model
             runs[name, mode] = (partial(passes, scenario, model, forward, x, y), update)
     times: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in runs}
-    with one_thread():
+    # torch would take the graph of the model without taps for the same model with taps
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False), one_thread():
         for passes_of, update in runs.values():
             for _ in range(WARM_UP):
                 passes_of()
