@@ -35,8 +35,9 @@ demo: setup ## train K-FAC and Neumann beside SGD and AdamW on real data; a tabl
 	$(BIN)/triton-curv compare digits-cnn --out runs/demo
 
 test: setup ## run all tests that need no GPU
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
-	$(BIN)/python -m pytest -q -m "not interpreter and not gpu"
+	@# a process for each core, one thread each; a file stays in one process, which keeps what its tests share
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not interpreter and not gpu"
 
 lint: setup ## check style and formatting
 	$(BIN)/ruff check .
