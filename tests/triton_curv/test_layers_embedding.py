@@ -35,8 +35,8 @@ def test_embedding_is_a_linear_layer_on_one_hot_vectors(shape: tuple[int, ...]) 
     twin.load_state_dict({**state, "0.weight": state["0.weight"].T})
     x, y = tokens(*shape), torch.randn(*shape, 3, dtype=torch.float64)
     optimizers = [
-        captured(embedding, lambda m: mse_loss(m(x), y), damping=0.01),
-        captured(twin, lambda m: mse_loss(m(one_hot(x, VOCABULARY).double()), y), damping=0.01),
+        captured(embedding, lambda m: mse_loss(m(x), y), damping=0.01, update_size="rms"),
+        captured(twin, lambda m: mse_loss(m(one_hot(x, VOCABULARY).double()), y), damping=0.01, update_size="rms"),
     ]
     ours, reference = (optimizer.blocks["0"].factors() for optimizer in optimizers)
     torch.testing.assert_close(torch.diag(ours["A"]), reference["A"], rtol=1e-12, atol=1e-15)

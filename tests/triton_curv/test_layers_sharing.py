@@ -97,7 +97,7 @@ def test_sharing_is_chosen_by_pattern() -> None:
     notes = {row.parameter: row.note for row in optimizer.explain().rows}
     assert "reduce" in notes["1.weight"]
     assert "reduce" not in notes["0.weight"]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 3e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 3e-2]
     with pytest.raises(tc.ConfigurationError, match="weight_sharing"):
         kfac(linear_stack(True), weight_sharing="shrink")
     with pytest.raises(tc.ConfigurationError, match="weight_sharing"):
