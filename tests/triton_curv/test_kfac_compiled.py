@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 import triton_curv as tc
+from triton_curv.sharding.choice import exchange_for
+from triton_curv.sharding.ranks import Found
 
 STEPS = 50
 INTERVALS: dict[str, Any] = {"factor_interval": 3, "inverse_interval": 4}
@@ -226,3 +228,10 @@ def test_what_must_look_at_values_says_so_when_it_is_compiled() -> None:
     model(batches(1)[0][0]).sum().backward()
     with pytest.raises(Exception, match="compile=True"):
         torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+
+
+def test_several_ranks_step_eagerly_and_say_so() -> None:
+    found = Found(net(), "none", (0, 1), 1)
+    options = tc.KFAC(net()).options
+    with pytest.raises(tc.ConfigurationError, match="eager step on several ranks"):
+        exchange_for({}, found, tc.Sharding(), options, torch.float64, compiled=True)

@@ -17,7 +17,7 @@ from triton_curv.nvtx import stage
 from triton_curv.optimizers.apply import Work
 from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.curvature import CLOCK, Curvature
-from triton_curv.optimizers.exchange import Exchange
+from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
@@ -91,23 +91,20 @@ class KFAC(Rebuilt):
     Args, the size of the step:
         relative_damping: the part of lambda that scales with curvature; default 0.3, and 0 if `damping` is given. Less
             lets directions of little curvature, where a batch's gradient is mostly noise, rule the step.
-        damping_rule: multiplies lambda as training goes on: `WarmupDamping`, `ScheduledDamping`,
-            `LevenbergMarquardt` (which needs `step(evaluate=...)`).
+        damping_rule: moves lambda: `WarmupDamping`, `ScheduledDamping`, `LevenbergMarquardt` (`step(evaluate=...)`).
         update_size: "matched" scales each layer's step to root mean square sqrt(64 / inputs), so that the outputs of
             narrow and wide layers change alike, and lr by how far the last steps agree (see `agreement`), so that steps
             get shorter as noise takes over; "rms" to root mean square 1; "kl_clip" scales all steps by
             min(1, sqrt(kl_clip / (lr^2 sum <step, grad>))); "none" is the bare natural gradient of the paper.
         nesterov: look one step ahead; None means yes for "matched" and "rms" and no otherwise (the paper).
-        rescale: after each step, weights of Linear and Conv layers to norm sqrt(2 d_out): "paper" always, "code" (as
-            in chainerkfac) only where they are longer.
+        rescale: weights of Linear and Conv layers to norm sqrt(2 d_out): "paper" after each step, "code" where longer.
 
     Args, what the loss is:
         reduction: how the loss reduces over its samples; with "sum", gradients are divided by the sample count.
         loss_scale: a constant the loss was multiplied with before backward(); gradients still carry it.
         grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
         maximize: ascend instead of descend.
-        compile: True, or arguments for `torch.compile`: each region of the step becomes a graph when it first
-            runs. `torch.compile(opt.step)` does the same to the whole step.
+        compile: True, or arguments for `torch.compile`: each region becomes a graph when it first runs. On one rank.
 
     Args, on several ranks of torch.distributed:
         process_group: "auto": the ranks of the model's DDP wrapper or of its FSDP2 mesh; of a model without a wrapper
@@ -225,7 +222,8 @@ class KFAC(Rebuilt):
         ordered = {name: rules[name] for group in blocks_of for name in group}
         wide = any(p.dtype == torch.float64 for rule in rules.values() for p in rule.params.values())
         dtype = torch.float64 if wide else torch.float32
-        self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype)
+        compiled = self._regions.compiling is not None
+        self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype, compiled)
         clock = self.param_groups[0]
         groups = [i for i, names in enumerate(blocks_of) for _ in names]
         self._curvature = Curvature(
@@ -403,7 +401,7 @@ class KFAC(Rebuilt):
         """The step as a part of a graph: the regions of its plan; the host's share of it when the graph runs."""
         options, curvature, plan = self.options, self._curvature, self._plan
         measures = options.damping_rule.interval or options.adaptive
-        require_traceable(closure is None and evaluate is None and not measures)
+        require_traceable(closure is None and evaluate is None and not measures, isinstance(self._exchange, Alone))
         store, rows = self._store, self._hyper.rows
         self._exchange.gradients_(self._params)
         if plan.fold and options.fisher != "empirical":

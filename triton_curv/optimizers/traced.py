@@ -22,6 +22,11 @@ ALL = -2  # a renewal of all of them at once
 # don't count for another's, and parts of a renewal are a graph each.
 REGION: Mapping[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
 
+ONE_RANK = (
+    "expected an eager step on several ranks, got a compiled one: torch.compile does not trace asynchronous "
+    "collectives; compile the model on each rank instead"
+)
+
 
 @dataclass
 class Plan:
@@ -84,8 +89,10 @@ def require_gradients(names: Mapping[Any, str], params: Sequence[Tensor]) -> Non
         )
 
 
-def require_traceable(blind: bool) -> None:
-    """Raise ConfigurationError for a step that has to look at values and is in a graph."""
+def require_traceable(blind: bool, alone: bool) -> None:
+    """Raise ConfigurationError for a step in a graph that has to look at values or to wait for other ranks."""
+    if not alone:
+        raise ConfigurationError(ONE_RANK)
     if not blind:
         raise ConfigurationError(
             "expected no closure, no AdaptiveInterval and no damping rule that measures in a compiled step, which "
