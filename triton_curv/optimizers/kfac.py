@@ -14,7 +14,6 @@ from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.nvtx import stage
-from triton_curv.optimizers.apply import Work
 from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
@@ -182,7 +181,8 @@ class KFAC(Rebuilt):
         self._sharding = Sharding() if sharding is None else sharding
         self._model, self._scaler = self._found.model, grad_scaler
         self._number, self._plan = register(self), Plan()
-        self._regions = Regions({} if compile is True else compile or None)
+        device = next(self._model.parameters()).device
+        self._regions = Regions({} if compile is True else compile or None, device)
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -425,18 +425,8 @@ class KFAC(Rebuilt):
     def _apply(self, rows: Tensor) -> Tensor:
         """Region 3; returns whether gradients are finite, ()."""
         require_gradients(self._names, self._params)
-        work, loose, of_group = [], [], rows.unbind()
-        for matrices, hyper in zip(self._matrices, of_group, strict=False):
-            lists = matrices.active()
-            if lists.leaves:
-                work.append(Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper))
-        for group, hyper in zip(self._loose, of_group[len(self._matrices) :], strict=True):
-            active = group.active(hyper)
-            if active.params:
-                loose.append(active)
-        region, skipped = self._regions.apply, self._curvature.events[0]
-        finite: Tensor = region(work, loose, self._store.samples, skipped, self.options, self._exchange)
-        return finite
+        samples, skipped = self._store.samples, self._curvature.events[0]
+        return self._regions.apply(self._matrices, self._loose, rows, samples, skipped, self.options, self._exchange)
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
