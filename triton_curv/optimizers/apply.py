@@ -12,6 +12,7 @@ from triton_curv.hostcheck import known_true
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, Loose
+from triton_curv.optimizers.hyper import corrected
 from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import Lists
@@ -30,6 +31,7 @@ class Work(NamedTuple):
 def apply_(
     work: Sequence[Work],
     loose: Sequence[Loose],
+    steps: Tensor,
     samples: Tensor,
     skipped: Tensor,
     options: KFACOptions,
@@ -37,8 +39,10 @@ def apply_(
 ) -> Tensor:
     """P = G^-1 D A^-1 for every block, its size, momentum, decay, update; `fallback` for parameters without a block.
 
-    Where a gradient is not finite nothing changes but the count `skipped`. Returns whether all are finite, ().
+    Where a gradient is not finite nothing changes but the count `skipped`. `steps` (1,) counts the
+    step either way. Returns whether all are finite, ().
     """
+    work = [each._replace(hyper=corrected(each.hyper, steps, options.nesterov)) for each in work]
     every = [each.lists for each in work]
     for lists in every:
         for buffer in lists.stale:
@@ -63,6 +67,7 @@ def apply_(
         rescale_(fans, options.rescale, finite, exchange.whole_norms)
     for group in loose:
         FALLBACKS[options.fallback].update(group, finite)
+    steps.add_(1)
     return finite
 
 

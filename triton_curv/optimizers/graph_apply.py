@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from triton_curv.blocks.operator import Operator, has_kernels, solve_all, solved
 from triton_curv.optimizers.fallback import FALLBACKS, Loose
+from triton_curv.optimizers.hyper import corrected
 from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.step_size import Sizes, agreement, rescale_, scales
@@ -51,9 +52,15 @@ class GraphWork(NamedTuple):
 
 
 def apply_in_graph_(
-    work: Sequence[GraphWork], loose: Sequence[Loose], samples: Tensor, skipped: Tensor, options: KFACOptions
+    work: Sequence[GraphWork],
+    loose: Sequence[Loose],
+    steps: Tensor,
+    samples: Tensor,
+    skipped: Tensor,
+    options: KFACOptions,
 ) -> Tensor:
     """`apply_` of one rank; returns whether all gradients are finite, ()."""
+    work = [each._replace(sizes=_corrected(each.sizes, steps, options)) for each in work]
     matrices = [_matrices(each, samples, options) for each in work]
     updates = [_solved(each, given) for each, given in zip(work, matrices, strict=True)]
     norms = [torch.stack([torch.linalg.vector_norm(u) for u in of_group]) for of_group in updates]
@@ -75,7 +82,12 @@ def apply_in_graph_(
         rescale_(fans, options.rescale, finite, lambda norms: norms)
     for group in loose:
         FALLBACKS[options.fallback].update(group, finite)
+    steps.add_(1)
     return finite
+
+
+def _corrected(sizes: Sizes, steps: Tensor, options: KFACOptions) -> Sizes:
+    return sizes._replace(hyper=corrected(sizes.hyper, steps, options.nesterov))
 
 
 def _matrices(work: GraphWork, samples: Tensor, options: KFACOptions) -> list[Tensor]:

@@ -16,6 +16,7 @@ from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import LooseGroup
 from triton_curv.optimizers.graph_apply import apply_in_graph_
+from triton_curv.optimizers.hyper import HyperParameters
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import MatrixGroup
@@ -114,26 +115,28 @@ class Regions:
         self,
         matrices: Sequence[MatrixGroup],
         loose: Sequence[LooseGroup],
-        rows: Tensor,
+        hyper: HyperParameters,
         samples: Tensor,
         skipped: Tensor,
         options: KFACOptions,
         exchange: Exchange,
     ) -> Tensor:
-        """Region 3 with the gradients that there are and `rows` of hyper-parameters; whether all are finite, ()."""
-        of_group = rows.unbind()
-        others = [group.active(hyper) for group, hyper in zip(loose, of_group[len(matrices) :], strict=True)]
+        """Region 3 with the gradients that there are; returns whether all are finite, ()."""
+        of_group = hyper.rows.unbind()
+        others = [group.active(row) for group, row in zip(loose, of_group[len(matrices) :], strict=True)]
         others = [group for group in others if group.params]
         with_blocks = zip(matrices, of_group, strict=False)
         finite: Tensor
         if torch.compiler.is_compiling() or self.compiling is not None:
             region = apply_in_graph_ if torch.compiler.is_compiling() else self._apply
-            graph_work = [group.in_graph(hyper) for group, hyper in with_blocks]
-            finite = region([each for each in graph_work if each is not None], others, samples, skipped, options)
+            graph_work = [group.in_graph(row) for group, row in with_blocks]
+            finite = region(
+                [each for each in graph_work if each is not None], others, hyper.steps, samples, skipped, options
+            )
             return finite
-        active = [(group.active(), hyper) for group, hyper in with_blocks]
-        work = [Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper) for lists, hyper in active]
-        finite = apply_([each for each in work if each.grads], others, samples, skipped, options, exchange)
+        active = [(group.active(), row) for group, row in with_blocks]
+        work = [Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], row) for lists, row in active]
+        finite = apply_([each for each in work if each.grads], others, hyper.steps, samples, skipped, options, exchange)
         return finite
 
     def _maybe_compiled(self, region: Region, default: Mapping[str, Any]) -> Region:
