@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_curv.blocks import FactorShape, LayerOptions, rule_for
 from triton_curv.errors import ConfigurationError
+from triton_curv.explanation.observe import without_data
 from triton_curv.scenarios import get_scenario
 from triton_curv_autotune.errors import AutotuneError
 from triton_curv_autotune.registry import get_op, op_names
@@ -124,7 +125,7 @@ def from_module(
         raise ConfigurationError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
     if channels_last and len(shape) != 4:
         raise ConfigurationError(f"expected samples of three sizes for --channels-last, got {tuple(shape[1:])}")
-    model = model.to(device="meta", dtype=DTYPES[dtype])
+    model = without_data(model.to(DTYPES[dtype]))
     inputs = torch.empty(shape, device="meta", dtype=DTYPES[dtype])
     if channels_last:
         inputs = inputs.to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ gradient at the output.
 
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def rows_by_autograd(module: nn.Module, rule: Rule, call: Seen) -> Rows | str:
     direction = torch.randn(features, dtype=call.grad.dtype, generator=torch.Generator().manual_seed(0))
     inputs, signals = [], []
     for place in places:
-        at = (*place[:axis], slice(None), *place[axis:])
+        at: Any = (*place[:axis], slice(None), *place[axis:])
         told = [torch.zeros_like(call.grad) for _ in range(2)]
         told[0][at], told[1][at] = direction, call.grad[at]
         probe, gradient = layer.matrix(told[0]), layer.matrix(told[1])

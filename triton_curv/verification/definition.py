@@ -63,7 +63,7 @@ def define(rule: Rule, users: Sequence[nn.Module], calls: Calls) -> Definition |
         uses = [of_tokens(rule.module, embedding, samples).transposed()] if embedding else []
         uses += [of_rows([head], samples, diagonal="G") for head in heads]
         return _definition(of_shared_tokens(uses))
-    if layer_kind(rule.module) is nn.Embedding and is_ours(rule):
+    if isinstance(rule.module, nn.Embedding) and layer_kind(rule.module) is nn.Embedding and is_ours(rule):
         return _definition(of_tokens(rule.module, [call for _, call in seen], samples))
     rows = [_rows_of(layer, rule, call) for layer, call in seen]
     whole = [r for r in rows if isinstance(r, Rows)]

@@ -35,7 +35,9 @@ def watching(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Calls]:
     given their outputs and identities as weights.
     """
     calls: Calls = {}
-    attentions = [m for m in model.modules() if layer_kind(m) is nn.MultiheadAttention]
+    attentions = [
+        m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and layer_kind(m) is nn.MultiheadAttention
+    ]
     handles = [layer.register_forward_hook(_hook(calls), with_kwargs=True) for layer in dict.fromkeys(layers)]
     own = {attention: attention.__dict__.get("forward") for attention in attentions}
     for attention in attentions:
@@ -98,13 +100,16 @@ def _forward_of(attention: nn.MultiheadAttention, calls: Calls) -> Callable[...,
         separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         weights = packed.chunk(3) if packed is not None else separate
         biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
-        projected = []
+        projected: list[Tensor] = []
         for role, x, weight, bias in zip(ROLES, (query, key, value), weights, biases, strict=True):
             x = x[:, None] if not batched else x.transpose(0, 1) if attention.batch_first else x
             projected.append(keep(attention, role, x, functional.linear(x, weight, bias)))
         same = torch.eye(attention.embed_dim, dtype=query.dtype, device=query.device)
+        q, k, v = projected
         mixed, shares = functional.multi_head_attention_forward(
-            *projected,
+            q,
+            k,
+            v,
             embed_dim_to_check=attention.embed_dim,
             num_heads=attention.num_heads,
             in_proj_weight=None,
