@@ -46,7 +46,8 @@ def solved(operator: Operator, matrix: Tensor) -> Tensor:
     of_G, of_A = left[0], right[0] if right else None
     one = len(matrix) == 1  # matrices alone: products of batches of one cost more
     if one:
-        of_G, of_A, gains, matrix = (None if t is None else t[0] for t in (of_G, of_A, gains, matrix))
+        matrix, of_G = matrix[0], of_G[0]
+        of_A, gains = (None if t is None else t[0] for t in (of_A, gains))
     if of_A is None:
         result = of_G @ matrix
     elif gains is None:

@@ -28,7 +28,7 @@ class Layout(Protocol):
 
 
 class GraphRow(NamedTuple):
-    """One block: its damped inverses, momentum (batch, rows, columns), parameters and number.
+    """One block: its damped inverses, momentum (batch, rows, columns), parameters and place among all blocks.
 
     `whole`: its only parameter is the matrix, in another shape. `fans_out`: see `Part`.
     """
@@ -38,7 +38,7 @@ class GraphRow(NamedTuple):
     layout: Layout
     params: list[Parameter]
     whole: bool
-    index: int
+    number: int
     fans_out: list[int]
 
 
@@ -103,7 +103,7 @@ def _matrices(work: GraphWork, samples: Tensor, options: KFACOptions) -> list[Te
             for part, grad in zip(_parts(row, matrix), grads, strict=True):
                 part.copy_(grad)
         if options.reduction == "sum":
-            matrix = matrix / samples[row.index]
+            matrix = matrix / samples[row.number]
         if options.loss_scale != 1.0:
             matrix = matrix / options.loss_scale
         matrices.append(matrix)

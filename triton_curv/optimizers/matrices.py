@@ -123,7 +123,8 @@ class MatrixGroup:
                 Part(param, grads[name], updates[name], momenta[name], fan_out(block.rule, name))
                 for name, param in block.rule.params.items()
             )
-            self.rows.append(Row(block, *matrices, parts))
+            grad, update, momentum = matrices
+            self.rows.append(Row(block, grad, update, momentum, parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: dict[tuple[bool, ...], Lists] = {}
         self.graph_rows = [graph_row(row) for row in self.rows]
