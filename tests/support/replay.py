@@ -15,7 +15,7 @@ class Recording(TorchDispatchMode):
     """Records operations inside `with`; `replay` repeats them. Reading a value on the host is refused."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
     def __torch_dispatch__(

@@ -24,7 +24,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 4))
+    return nn.Sequential(nn.Linear(6, 4))  # little to compile
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:

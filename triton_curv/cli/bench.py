@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from triton_curv.training.step_bench import StepTime
 
 app = typer.Typer(help="Measure what training steps cost.", no_args_is_help=True)
 
@@ -71,16 +76,28 @@ def step(
         writer = csv.DictWriter(file, list(fresh[0]))
         writer.writeheader()
         writer.writerows([*kept, *fresh])
+    picture = out / f"steps-{scenario}.png"
+    draw(scenario, times, picture)
+    print(f"{table} {picture}")
+
+
+def draw(scenario: str, times: Sequence[StepTime], path: Path) -> None:
+    """Bars of the stages; optimizers that run the passes themselves, dozens in a step, on an axis of their own."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.5 * len(times) + 1.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{t.optimizer} {'compiled' if t.compiled else 'eager'}" for t in times]
-    axes.barh(labels, [t.passes_ms for t in times], color="#90a4ae", label="forward, loss, backward")
-    axes.barh(labels, [t.update_ms for t in times], left=[t.passes_ms for t in times], label="update")
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{scenario}: CPU ms of a step, one thread")
-    axes.legend(frameon=False)
-    picture = out / f"steps-{scenario}.png"
-    figure.savefig(picture)
-    print(f"{table} {picture}")
+    from triton_curv.training.step_bench import BY_CLOSURE
+
+    parts = [[t for t in times if (t.optimizer in BY_CLOSURE) == own] for own in (False, True)]
+    parts = [part for part in parts if part]
+    figure = Figure(figsize=(10, 0.4 * len(times) + 2), dpi=100, layout="constrained")
+    ratios = [len(part) for part in parts]
+    every = figure.subplots(len(parts), squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    for axes, part in zip(every, parts, strict=True):
+        labels = [f"{t.optimizer} {'compiled' if t.compiled else 'eager'}" for t in part]
+        passes = [t.passes_ms for t in part]
+        axes.barh(labels, passes, color="#90a4ae", label="forward, loss, backward")
+        axes.barh(labels, [t.update_ms for t in part], left=passes, label="update")
+        axes.invert_yaxis()
+    every[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    every[-1].set_xlabel(f"{scenario}: CPU ms of a step, one thread")
+    figure.savefig(path)

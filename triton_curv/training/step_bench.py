@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from triton_curv.training.timing import one_thread
 NAMES = ("sgd", "adamw", "muon", "neumann", "kfac", "newton-cg", "sgn")
 BY_CLOSURE = ("newton-cg", "sgn")  # they run the passes themselves, some dozens in a step
 WARM_UP = 8  # steps before the first block: statistics, inverses and every graph come in them
+# torch would take the graph of another model of the class, without taps, for one with taps
+APART: Mapping[str, Any] = {"isolate_recompiles": True}
 Action = Callable[[], object]
 
 
@@ -65,7 +67,7 @@ def update_of(name: str, model: nn.Module, lr: float, compiled: bool) -> Action:
     if name == "neumann":
         # without the repulsive term, which throws weights far away so soon after the start: passes would take longer
         return Neumann(params, lr=lr, beta=0.0, warmup=2, period=10**6, compile=compiled).step
-    kind = {"foreach": True} if compiled else {"fused": True}
+    kind: dict[str, Any] = {"foreach": True} if compiled else {"fused": True}
     optimizers: list[torch.optim.Optimizer]
     if name == "muon":
         rest = [p for p in params if p.dim() != 2]
@@ -75,7 +77,7 @@ def update_of(name: str, model: nn.Module, lr: float, compiled: bool) -> Action:
         optimizers = [torch.optim.AdamW(params, lr=lr, **kind)]
     else:
         optimizers = [torch.optim.SGD(params, lr=lr, momentum=0.9, foreach=True)]
-    steps = [torch.compile(each.step, isolate_recompiles=True) if compiled else each.step for each in optimizers]
+    steps = [torch.compile(each.step, **APART) if compiled else each.step for each in optimizers]
 
     def take() -> None:
         for step in steps:
@@ -99,8 +101,7 @@ def run_of(scenario: Scenario, name: str, compiled: bool, block: int, x: Tensor,
 
         return Run(lambda: None, lambda: optimizer.step(closure), max(1, block // 20))
     update = update_of(name, model, 1e-4, compiled)
-    # apart from other models of the class: torch would take a graph without taps for one with taps
-    forward = cast("Callable[..., Tensor]", torch.compile(model, isolate_recompiles=True) if compiled else model)
+    forward = cast("Callable[..., Tensor]", torch.compile(model, **APART) if compiled else model)
 
     def passes() -> None:
         for p in model.parameters():
