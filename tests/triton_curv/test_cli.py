@@ -226,15 +226,3 @@ def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     exec(compile(example, "README.md", "exec"), names)
     assert names["loss"].item() < 0.1
     assert capsys.readouterr().out
-
-
-def test_bench_step_keeps_rows_of_other_scenarios(tmp_path: Path) -> None:
-    """Every optimizer, eagerly; a table, and a picture for each scenario."""
-    for scenario in ("digits-cnn", "digits-mlp") if "digits-mlp" in SCENARIOS else ("digits-cnn", "reg-bos"):
-        arguments = ["bench", "step", scenario, "--eager", "--rounds", "1", "--block", "1", "--out", str(tmp_path)]
-        assert main(arguments) == 0
-        assert (tmp_path / f"steps-{scenario}.png").stat().st_size > 0
-    with (tmp_path / "steps.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * len(NAMES)
-    assert all(float(row["step_ms"]) > 0 and row["cpu"] for row in rows)
