@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_curv.blocks.low_rank import LowRank, times_left_
+from triton_curv.blocks.low_rank import times_right as times_low_rank
 from triton_curv.blocks.side import times_left, times_right
 from triton_curv.costs import Cost
 from triton_curv_kernels import apply_damped_inverse
@@ -13,14 +15,14 @@ from triton_curv_kernels.backend import use_reference
 
 
 class Operator(NamedTuple):
-    """Damped inverses of G, or of the only factor, in `left`, those of A in `right`: each (batch, n, n).
+    """Damped inverses of G, or of the only factor, in `left`, those of A in `right`: each (batch, n, n) or a form.
 
     `whole`: one of each at most, not several diagonal blocks. With `gains`, (batch, rows, columns), both are
     eigenbases instead, and gains are 1 / (eigenvalues + lambda).
     """
 
-    left: Sequence[Tensor]
-    right: Sequence[Tensor]
+    left: Sequence[Tensor | LowRank]
+    right: Sequence[Tensor | LowRank]
     gains: Tensor | None
     whole: bool
 
@@ -31,8 +33,10 @@ def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
     flops = moved = 0
     for factors, across in ((operator.left, columns), (operator.right, rows)):
         for factor in factors:
-            flops += 2 * factor.numel() * across
-            moved += factor.numel()
+            low = isinstance(factor, LowRank)
+            numbers = 2 * factor.basis.numel() if low else factor.numel()
+            flops += 2 * numbers * across
+            moved += numbers
     if operator.gains is not None:
         flops, moved = 2 * flops, moved + operator.gains.numel()
     return Cost(flops, (moved + 2 * batch * rows * columns) * matrix.element_size())
@@ -41,6 +45,9 @@ def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
 def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
     """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
     left, right, gains, whole = operator
+    if any(isinstance(factor, LowRank) for factor in (*left, *right)):
+        _solve_low_rank(left, right, matrix, out)
+        return
     if not whole:
         out.copy_(times_right(times_left(left, matrix), right))
         return
@@ -54,6 +61,22 @@ def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
         torch.matmul(of_G @ matrix, of_A, out=out)
     else:
         torch.matmul(of_G @ (of_G.mT @ matrix @ of_A).mul_(gains), of_A.mT, out=out)
+
+
+def _solve_low_rank(
+    left: Sequence[Tensor | LowRank], right: Sequence[Tensor | LowRank], matrix: Tensor, out: Tensor
+) -> None:
+    """`solve` where some factor has a low-rank form: nothing is made of the size of that factor."""
+    of_A = right[0] if len(right) == 1 else None
+    low = isinstance(of_A, LowRank)
+    last = left[0] if len(left) == 1 and isinstance(left[0], LowRank) else None
+    tall = matrix if last is not None else times_left(left, matrix)
+    if low:
+        times_low_rank(tall[0], of_A, out[0])
+    else:
+        out.copy_(times_right(tall, right))
+    if last is not None:
+        times_left_(last, out[0])
 
 
 class Sums(NamedTuple):

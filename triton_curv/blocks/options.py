@@ -16,10 +16,13 @@ class LayerOptions:
         where the loss sums over positions. "reduce": inputs are averaged and gradients summed over positions first,
         exact where the net averages over them. Source: arXiv 2311.00636.
     max_factor_dim: factors with more rows are split into diagonal blocks or made diagonal.
+    max_output_dim: of linear layers with more outputs than this, G is diagonal: one batch has too few samples to tell
+        so many directions apart, and the damped inverse of what it has makes the others rule the step.
     batch_dim: the dimension of samples in inputs with positions, (batch, time, features) or (time, batch, features).
     """
 
     norm_fisher: NormFisher = "unit"
     weight_sharing: WeightSharing = "expand"
     max_factor_dim: int = 8192
+    max_output_dim: int = 256
     batch_dim: int = 0
