@@ -104,7 +104,7 @@ def coverage_of(
                 note = f"none: {reasons[p]}"
                 rows.append(CoverageRow(names[p], tuple(p.shape), fallback, note))
                 continue
-            shapes, ranks = block.rule.factor_shapes, block.ranks()
+            shapes, ranks = block.rule.factor_shapes, {factor: form.rank for factor, form in block.forms().items()}
             costs: dict[str, Any] = {}
             if block.name not in described:
                 described.add(block.name)

@@ -31,7 +31,7 @@ def health_of(
             "residual": max(float(store.residuals[r].max()) for r in rows),
             "failures": max(int(store.failures[r].max()) for r in rows),
             "rung": RUNGS[max(int(store.rungs[r].max()) for r in rows)],
-            "ranks": block.ranks(),
+            "ranks": {factor: form.rank for factor, form in block.forms().items()},
         }
     counts = dict(zip(EVENTS, events.tolist(), strict=True))
     report["optimizer"] = {**counts, "damping_gain": damping_gain}

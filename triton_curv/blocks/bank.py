@@ -127,7 +127,8 @@ class FactorStore:
             turned = inverse == "eigen" and set(factors) == {"A", "G"} and all(s.blocks == 1 for s in factors.values())
             for name, shape in factors.items():
                 across = sum(other.size * other.blocks for key, other in factors.items() if key[0] != name[0])
-                wide = shape.batch == 1 and low_rank.pays(shape.size, across) and inverse != "neumann" and not turned
+                wide = name in ("A", "G") and shape.batch == 1 and low_rank.pays(shape.size, across)
+                wide &= inverse != "neumann" and not turned
                 members.setdefault((shape.size, turned, wide), []).append(FactorKey(block, name))
         self.banks: list[Bank] = []
         self.keys: list[FactorKey] = []
@@ -253,13 +254,10 @@ class FactorStore:
         """Whether the factor has an eigenbasis in place of an inverse."""
         return self._places[key][0].spectra is not None
 
-    def inverse_of(self, key: FactorKey) -> Tensor | LowRank:
-        """The factor's inverse, (batch, n, n), or the low-rank form that stands for it."""
-        form = low_rank.read(self.view("inverses", key)[0]) if self._may_be_low(key) else None
-        return self.view("inverses", key) if form is None else form
-
-    def _may_be_low(self, key: FactorKey) -> bool:
-        return self.tolerance is not None and self._places[key][0].wide
+    def form_of(self, key: FactorKey) -> LowRank | None:
+        """The low-rank form that stands for the factor's inverse, if one does."""
+        may_be = self.tolerance is not None and self._places[key][0].wide
+        return low_rank.read(self.view("inverses", key)[0]) if may_be else None
 
     def stay_dense_(self) -> None:
         """Dense inverses in the place of low-rank forms, from now on: for who can't look at their ranks."""

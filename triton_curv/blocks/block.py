@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
 from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.moments import Moments
-from triton_curv.blocks.operator import Operator, solve
+from triton_curv.blocks.operator import Forms, Operator, solve
 from triton_curv.blocks.products import waits_for_others
 from triton_curv.blocks.rule import MaskedSource, Rule, Source
 from triton_curv.errors import ConfigurationError, NoStatisticsError
@@ -49,24 +49,26 @@ class Block:
         self.matrix_size = math.prod(rule.matrix_shape)
         self._averages = averages
         self._ensure_inverse = ensure_inverse
+        shapes = rule.factor_shapes
+        self.dense_operator = Operator(
+            left=tuple(inverse for factor, inverse in self.inverses.items() if factor[0] != "A"),
+            right=tuple(inverse for factor, inverse in self.inverses.items() if factor[0] == "A"),
+            gains=self.gains,
+            whole=all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items()),
+        )
+
+    def forms(self) -> dict[str, LowRank]:
+        """Low-rank forms that stand for the inverses of factors, where there are some."""
+        found = {name: self.store.form_of(key) for name, key in self.keys.items()}
+        return {name: form for name, form in found.items() if form is not None}
 
     @property
     def operator(self) -> Operator:
         """What stands for the damped inverse now."""
-        found = {name: self.store.inverse_of(key) for name, key in self.keys.items()}
-        shapes = self.rule.factor_shapes.items()
-        low = any(isinstance(each, LowRank) for each in found.values())
-        return Operator(
-            left=tuple(each for name, each in found.items() if name[0] != "A"),
-            right=tuple(each for name, each in found.items() if name[0] == "A"),
-            gains=self.gains,
-            whole=not low and all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes),
-        )
-
-    def ranks(self) -> dict[str, int]:
-        """Ranks of the factors whose inverses have a low-rank form."""
-        found = {name: self.store.inverse_of(key) for name, key in self.keys.items()}
-        return {name: each.rank for name, each in found.items() if isinstance(each, LowRank)}
+        forms = self.forms()
+        if not forms:
+            return self.dense_operator
+        return self.dense_operator._replace(whole=False, forms=Forms(forms.get("G"), forms.get("A")))
 
     @torch.no_grad()
     def accumulate_(

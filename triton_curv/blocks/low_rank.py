@@ -52,9 +52,9 @@ def truncate(matrix: Tensor, shift: float, start: Tensor | None, tolerance: floa
 
     The error is |(M~ + l I)^-1/2 (M - M~) (M~ + l I)^-1/2|_2 <= e/2 + sqrt(e^2/4 + c^2) <= `tolerance`, with
     e = max(b - mu, mu) / (mu + l) for what is left out, b = s_(r+1) + |M u_(r+1) - s_(r+1) u_(r+1)|, and
-    c = |(S + l I)^-1/2 U^T M (I - U U^T)|_2 / sqrt(mu + l) for its coupling with U. c is a bound; b is one of the
-    largest eigenvalue left out once the basis has converged, until then an estimate that came out up to 1.4 times too
-    small (random rows look for what the basis lacks).
+    c = |(S + l I)^-1/2 U^T M (I - U U^T)|_2 / sqrt(mu + l) for its coupling with U. c is a bound. b is one of the
+    largest eigenvalue left out once the basis has converged; until then it is an estimate, and the error may be twice
+    what it says (random rows look for what the basis lacks).
 
     Subspace iteration: rows `start` (r', n) of the last time and random ones, times M, made orthonormal, and
     Rayleigh-Ritz: 4 n^2 r operations, to n^3 and more of a dense inverse. r is the smallest with e <= tolerance / 2;
@@ -114,7 +114,7 @@ def _largest(rows: Tensor) -> float:
     gram.div_(scale)
     for _ in range(3):
         gram = gram @ gram
-    return float(scale * gram.norm() ** 0.125) ** 0.5
+    return math.sqrt(scale) * float(gram.norm()) ** 0.0625
 
 
 def _widened(matrix: Tensor, rows: Tensor | None, count: int) -> Tensor:

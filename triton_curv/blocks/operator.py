@@ -14,39 +14,76 @@ from triton_curv_kernels import apply_damped_inverse
 from triton_curv_kernels.backend import use_reference
 
 
+class Forms(NamedTuple):
+    """Low-rank forms that stand for the damped inverse of G, of A; None where the dense one is used."""
+
+    left: LowRank | None
+    right: LowRank | None
+
+
 class Operator(NamedTuple):
-    """Damped inverses of G, or of the only factor, in `left`, those of A in `right`: each (batch, n, n) or a form.
+    """Damped inverses of G, or of the only factor, in `left`, those of A in `right`: each (batch, n, n).
 
     `whole`: one of each at most, not several diagonal blocks. With `gains`, (batch, rows, columns), both are
-    eigenbases instead, and gains are 1 / (eigenvalues + lambda).
+    eigenbases instead, and gains are 1 / (eigenvalues + lambda). With `forms`, what lies in `left` or `right` of the
+    factor is not its inverse.
     """
 
-    left: Sequence[Tensor | LowRank]
-    right: Sequence[Tensor | LowRank]
+    left: Sequence[Tensor]
+    right: Sequence[Tensor]
     gains: Tensor | None
     whole: bool
+    forms: Forms | None = None
 
 
 def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
     """Of `solve`: each factor times what it faces; factors and D read, P written."""
     batch, rows, columns = matrix.shape
     flops = moved = 0
-    for factors, across in ((operator.left, columns), (operator.right, rows)):
+    forms = operator.forms or Forms(None, None)
+    for factors, form, across in ((operator.left, forms.left, columns), (operator.right, forms.right, rows)):
+        if form is not None:
+            flops += 4 * form.basis.numel() * across
+            moved += form.basis.numel()
+            continue
         for factor in factors:
-            low = isinstance(factor, LowRank)
-            numbers = 2 * factor.basis.numel() if low else factor.numel()
-            flops += 2 * numbers * across
-            moved += numbers
+            flops += 2 * factor.numel() * across
+            moved += factor.numel()
     if operator.gains is not None:
         flops, moved = 2 * flops, moved + operator.gains.numel()
     return Cost(flops, (moved + 2 * batch * rows * columns) * matrix.element_size())
 
 
+def solved(operator: Operator, matrix: Tensor) -> Tensor:
+    """G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T, (batch, rows, columns)."""
+    left, right, gains, whole, _ = operator
+    if not whole:
+        return times_right(times_left(left, matrix), right)
+    of_G, of_A = left[0], right[0] if right else None
+    one = len(matrix) == 1  # matrices alone: products of batches of one cost more
+    if one:
+        matrix, of_G = matrix[0], of_G[0]
+        of_A, gains = (None if t is None else t[0] for t in (of_A, gains))
+    if of_A is None:
+        result = of_G @ matrix
+    elif gains is None:
+        result = of_G @ matrix @ of_A
+    else:
+        result = of_G @ (of_G.mT @ matrix @ of_A * gains) @ of_A.mT
+    return result[None] if one else result
+
+
 def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
-    """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
-    left, right, gains, whole = operator
-    if any(isinstance(factor, LowRank) for factor in (*left, *right)):
-        _solve_low_rank(left, right, matrix, out)
+    """out = `solved(operator, matrix)`."""
+    left, right, gains, whole, forms = operator
+    if forms is not None:
+        of_rows = matrix if forms.left is not None else times_left(left, matrix)
+        if forms.right is not None:
+            times_low_rank(of_rows[0], forms.right, out[0])
+        else:
+            out.copy_(times_right(of_rows, right))
+        if forms.left is not None:
+            times_left_(forms.left, out[0])
         return
     if not whole:
         out.copy_(times_right(times_left(left, matrix), right))
@@ -63,22 +100,6 @@ def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
         torch.matmul(of_G @ (of_G.mT @ matrix @ of_A).mul_(gains), of_A.mT, out=out)
 
 
-def _solve_low_rank(
-    left: Sequence[Tensor | LowRank], right: Sequence[Tensor | LowRank], matrix: Tensor, out: Tensor
-) -> None:
-    """`solve` where some factor has a low-rank form: nothing is made of the size of that factor."""
-    of_A = right[0] if len(right) == 1 else None
-    low = isinstance(of_A, LowRank)
-    last = left[0] if len(left) == 1 and isinstance(left[0], LowRank) else None
-    tall = matrix if last is not None else times_left(left, matrix)
-    if low:
-        times_low_rank(tall[0], of_A, out[0])
-    else:
-        out.copy_(times_right(tall, right))
-    if last is not None:
-        times_left_(last, out[0])
-
-
 class Sums(NamedTuple):
     """<P, D> and ||P||^2 of each block, (blocks,)."""
 
@@ -92,7 +113,7 @@ def solve_all(operators: Sequence[Operator], matrices: Sequence[Tensor], outs: S
     None if there is a block without sums.
     """
     whole = [each.whole and each.gains is None for each in operators]
-    if not any(whole) or not _has_kernels(matrices[0]):
+    if not any(whole) or not has_kernels(matrices[0]):
         whole = [False] * len(operators)
     for operator, matrix, out, is_whole in zip(operators, matrices, outs, whole, strict=True):
         if not is_whole:
@@ -109,6 +130,6 @@ def solve_all(operators: Sequence[Operator], matrices: Sequence[Tensor], outs: S
     return Sums(applied.products, applied.squares) if all(whole) else None
 
 
-def _has_kernels(tensor: Tensor) -> bool:
+def has_kernels(tensor: Tensor) -> bool:
     """Whether kernels serve the tensor's device. A trace does not look at the environment: there, on a GPU."""
     return tensor.device.type != "cpu" if torch.compiler.is_compiling() else not use_reference(tensor)

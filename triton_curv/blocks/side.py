@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.products import add_product_, waiting
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.costs import NOTHING, Cost, factor_cost
@@ -99,16 +98,11 @@ def stage_of(factor: str) -> Stage:
     return "factor A" if factor[0] == "A" else "factor G"
 
 
-def whole_of(factor: Tensor | LowRank) -> Tensor:
-    """(batch, n, n) of a factor's inverse."""
-    return factor.dense()[None] if isinstance(factor, LowRank) else factor
-
-
-def times_left(factors: Sequence[Tensor | LowRank], matrix: Tensor) -> Tensor:
+def times_left(factors: Sequence[Tensor], matrix: Tensor) -> Tensor:
     """diag(F_1, F_2, ...) @ D for D (batch, rows, columns); factors (batch * count, n, n) make up its rows."""
     batch, _, columns = matrix.shape
     parts, start = [], 0
-    for factor in map(whole_of, factors):
+    for factor in factors:
         count, width = len(factor) // batch, factor.shape[-1]
         part = matrix[:, start : start + count * width]
         if width == 1:
@@ -122,11 +116,11 @@ def times_left(factors: Sequence[Tensor | LowRank], matrix: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def times_right(matrix: Tensor, factors: Sequence[Tensor | LowRank]) -> Tensor:
+def times_right(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """D @ diag(F_1, F_2, ...) for D (batch, rows, columns); factors (batch * count, n, n) make up its columns."""
     batch, rows, _ = matrix.shape
     parts, start = [], 0
-    for factor in map(whole_of, factors):
+    for factor in factors:
         count, width = len(factor) // batch, factor.shape[-1]
         part = matrix[..., start : start + count * width]
         if width == 1:
