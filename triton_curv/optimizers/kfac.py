@@ -64,8 +64,7 @@ class KFAC(Rebuilt):
             unless `damping` is given.
         fallback: "adamw" or "sgd", for parameters without a block, at `fallback_lr` (default: `lr`).
         groups: hyper-parameters by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; the first match wins.
-            Also norm_fisher, weight_sharing, max_factor_dim, max_output_dim and batch_dim. A group's `damping` may be a
-            multiple of the others' (the paper's BN damping).
+            Also the fields of `LayerOptions`. A group's `damping` may be a multiple of the others' (the paper's BN).
 
     Args, how often and how curvature is inverted:
         factor_interval: steps between statistics, an `EpochInterval`, or an `AdaptiveInterval` for each statistic,
@@ -89,6 +88,7 @@ class KFAC(Rebuilt):
             of their own, or are averaged (inputs) and summed (gradients) first.
         max_factor_dim: factors with more rows are split into diagonal blocks or made diagonal; `explain()` says which.
         max_output_dim: Linear layers with more outputs have a diagonal G.
+        conv_samples: convolutions take A from so many samples of a batch (more for many coordinates); 0: from all.
         batch_dim: the dimension of samples in inputs (samples, positions, features); 1 for (time, batch, features).
 
     Args, the size of the step:
@@ -147,12 +147,13 @@ class KFAC(Rebuilt):
         inverse_interval: int | RefreshSchedule = GROWING,
         refresh_budget: int | None = None,
         inverse: InverseName = "auto",
-        inverse_tolerance: float = 2.0,
+        inverse_tolerance: float = 1.0,
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
         weight_sharing: WeightSharing = "expand",
         max_factor_dim: int = 8192,
-        max_output_dim: int = 256,
+        max_output_dim: int = 64,
+        conv_samples: int = 0,
         batch_dim: int = 0,
         reduction: Reduction = "mean",
         loss_scale: float = 1.0,
@@ -199,7 +200,7 @@ class KFAC(Rebuilt):
             "relative_damping": relative_damping,
             "maximize": maximize,
         }
-        layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, max_output_dim, batch_dim)
+        layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, max_output_dim, conv_samples, batch_dim)
         self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, layers)
 
     def _build(
