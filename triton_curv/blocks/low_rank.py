@@ -114,7 +114,7 @@ def _largest(rows: Tensor) -> float:
     gram.div_(scale)
     for _ in range(3):
         gram = gram @ gram
-    return math.sqrt(scale) * float(gram.norm()) ** 0.0625
+    return math.sqrt(scale) * math.pow(float(gram.norm()), 0.0625)
 
 
 def _widened(matrix: Tensor, rows: Tensor | None, count: int) -> Tensor:
