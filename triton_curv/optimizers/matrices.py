@@ -145,7 +145,7 @@ class MatrixGroup:
 
     def active(self) -> Lists:
         """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
-        if self.rows and self.rows[0].block.store.forms != self._forms:  # of the inverses that the lists hold
+        if self.rows and self.rows[0].block.store.forms != self._forms:  # of the inverses that lists hold
             self._cache.clear()
             self._forms = self.rows[0].block.store.forms
         present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
