@@ -65,7 +65,7 @@ class Trials:
         while finite and trainer.step_count < steps:
             try:
                 trainer.step(trainer.draw())
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in its __all__
                 points.append((trainer.step_count, math.nan, math.nan))
                 break
             if trainer.step_count % self.task.evaluate_every == 0 or trainer.step_count == steps:
