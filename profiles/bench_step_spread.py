@@ -55,7 +55,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for (budget, conv_samples), times in best.items():
         median, p99 = float(times.median()), float(times.quantile(0.99))
-        print(f"refresh_budget={budget!s:5} conv_samples={conv_samples:<3} median {median:.2f} ms  p99 {p99:.2f} ms  p99/median {p99 / median:.2f}")
+        told = f"refresh_budget={budget!s:5} conv_samples={conv_samples:<3}"
+        print(f"{told} median {median:.2f} ms  p99 {p99:.2f} ms  p99/median {p99 / median:.2f}")
         rows.append(
             {
                 "scenario": arguments.scenario,
