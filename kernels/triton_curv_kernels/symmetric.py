@@ -189,7 +189,7 @@ def _copy_tile(
             _copy(matrix, packed, i, j, n, scale, stride_i, stride_j, False, False, ALIGN, PACK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "n", "stride_i"])  # WIDE says what matters
 def _matrix_kernel(
     # tensors; the scale on the device is one factor more, if HAS_SCALE
     matrix,

@@ -203,6 +203,16 @@ def _count(opcodes: list[str], classes: dict[str, str]) -> Counter[str]:
     return Counter({name: sum(bool(re.match(pattern, op)) for op in opcodes) for name, pattern in classes.items()})
 
 
+def wide_loads(launch: Launch) -> int:
+    """16-byte loads from global memory, to registers or to shared memory."""
+    asm = launch.compiled.asm
+    if "amdgcn" in asm:
+        return sum("load_dwordx4" in line for line in asm["amdgcn"].splitlines())
+    text: str = asm["ptx"]
+    vectors = ("ld.global.v4.b32", "ld.global.v2.b64", "ld.global.L1::evict_last.v4", "cp.async.cg.shared.global")
+    return sum(any(vector in line for vector in vectors) for line in text.splitlines())
+
+
 class TracedKernels(NamedTuple):
     """Number of inlined Triton launches in a graph, and the names of our ops that stayed opaque in it."""
 
