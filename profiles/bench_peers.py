@@ -3,11 +3,12 @@
 python -m profiles.bench_peers [TASK ...] [--peers NAME,...] [--seeds N] [--keep N]
 
 Same models, data, batches and evaluations for all, as many learning rates for each (5, neighbours sqrt(10) apart), all
-run for a third of the budget on seed 0, the best `--keep` of them to its end; the lowest final loss goes on to the
-further seeds. Targets are the scenarios'. A step's cost is process CPU time, interleaved block by block on one thread,
-the minimum over rounds; K-FAC's covers its first 40 steps, where its statistics are renewed most often, so that time to
-the target is not flattered. Runs are kept in `--runs`, so that a second call continues. A peer that is not installed or
-fails has a row with the error. Writes profiles/results/peers.csv and peers.png.
+run on seed 0; the lowest final loss goes on to the further seeds. With `--keep N` all rates run for a third of the
+budget and only the best N of them to its end. Targets are the scenarios'. A step's cost is process CPU time,
+interleaved block by block on one thread, the minimum over rounds; K-FAC's covers its first 40 steps, where its
+statistics are renewed most often, so that time to the target is not flattered. Runs are kept in `--runs`, so that a
+second call continues. A peer that is not installed or fails has a row with the error. Writes
+profiles/results/peers.csv and peers.png.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def step_costs(
     return best, memory
 
 
-def search(trials: Trials, peer: Peer, rates: int, seeds: int, keep: int) -> tuple[Found | None, str]:
+def search(trials: Trials, peer: Peer, rates: int, seeds: int, keep: int | None) -> tuple[Found | None, str]:
     """What was found, or the error that a user would see."""
     try:
         return trials.search(peer, rates, seeds, keep), ""
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--rates", type=int, default=5)
-    parser.add_argument("--keep", type=int, default=2)
+    parser.add_argument("--keep", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "peers")

@@ -27,7 +27,7 @@ class PeerTrainer(Trainer):
     def __init__(self, task: Scenario, data: Data, peer: Peer, lr: float, seed: int) -> None:
         super().__init__(task, data, "sgd", lr, seed, task.budget)
         torch.manual_seed(seed)
-        self.model = task.model()
+        self.model = self.module = task.model()
         self.optimizer: Any = peer.build(self.model, lr, task)
 
     def step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -75,13 +75,14 @@ class Trials:
         first = -(count // 2)
         return [float(f"{centre(peer, self.task) * RATE_RATIO**k:.3g}") for k in range(first, first + count)]
 
-    def search(self, peer: Peer, count: int, seeds: int, keep: int) -> "Found":
-        """The protocol: all rates for a third of the budget on seed 0, the best `keep` of them on; best final loss.
+    def search(self, peer: Peer, count: int, seeds: int, keep: int | None = None) -> "Found":
+        """The protocol: all rates on seed 0, of which the one with the lowest final loss goes on to further seeds.
 
-        A rate that diverges on a further seed gives way to the runner-up.
+        With `keep` rates run for a third of the budget, and the best `keep` of them to its end. A rate that diverges on
+        a further seed gives way to the runner-up.
         """
         rates = self.rates(peer.name, count)
-        if keep < count:
+        if keep is not None and keep < count:
             third = -(-self.task.budget // 3)
             third -= third % self.task.evaluate_every
             early = sorted(rates, key=lambda rate: number(self.run(peer, rate, 0, third)[-1][1]))

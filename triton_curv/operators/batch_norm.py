@@ -14,7 +14,7 @@ the gradient of <vx, gx> + <vw, gw> + <vb, gb> is, with q = g - m(g) - x^ m(g x^
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, mean, invstd = ctx.saved_tensors
         if not ctx.curved():
             x, weight = x.detach(), weight.detach()
+        if not torch.is_grad_enabled():  # nothing will differentiate this pass
+            return *_backward(g, x, weight, mean, invstd, ctx.eps), None, None, None, None
         return *_Backward.apply(g, x, weight, mean, invstd, ctx.eps), None, None, None, None  # type: ignore[no-untyped-call]  # torch's
 
 
@@ -53,36 +55,73 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         gx, gw, gb = _backward(g, x, weight, mean, invstd, eps)
         ctx.save_for_backward(g, x, weight, mean, invstd, gw, gb)
-        ctx.eps = eps
+        ctx.eps, ctx.fixed = eps, None
         return gx, gw, gb
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, vx: Tensor, vw: Tensor, vb: Tensor) -> tuple[Tensor | None, ...]:
         g, x, w, mean, s, gw, gb = ctx.saved_tensors
-        n = x.numel() / x.shape[1]
-        across = (-1, *(1 for _ in range(x.dim() - 2)))  # a channel's value beside its positions
-
-        def spread(channels: Tensor) -> Tensor:
-            return channels.view(across)
+        if ctx.fixed is None:
+            ctx.fixed = _Fixed.of(x, w, mean, s, gw, gb)
+        k: _Fixed = ctx.fixed
 
         def centred(factor: Tensor, shift: Tensor) -> Tensor:  # factor (x - mean) + shift, in one pass
-            return torch.batch_norm(x, factor, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
+            return torch.batch_norm(x, factor, shift, mean, k.ones, False, 0.0, 0.0, True)
 
         _, sum_vx_xhat, sum_vx = _backward(vx, x, w, mean, s, ctx.eps, inputs=False)
-        e, scale = sum_vx_xhat / n, w * s
-        of_g = vw - scale * e
-        in_g = centred(of_g * s, vb - scale * sum_vx / n).addcmul_(vx, spread(scale))
+        of_g = torch.addcmul(vw, k.minus_scale_n, sum_vx_xhat)  # vw - w s e
+        in_g = centred(of_g * s, torch.addcmul(vb, k.minus_scale_n, sum_vx)).addcmul_(vx, k.scale_wide)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return in_g, None, None, None, None, None
-        others = [d for d in range(x.dim()) if d != 1]
-        vx_q = (vx * g).sum(others) - gb * sum_vx / n - gw * e
+        vx_q = (vx * g).sum(k.others).addcmul_(k.minus_gb_n, sum_vx).addcmul_(k.minus_gw_n, sum_vx_xhat)
         # h = of_g g + of_vx vx, whose means with 1 and x^ are known; x^ = s (x - mean)
-        of_vx = -scale * gw / n
-        mean_h, mean_h_xhat = (of_g * gb + of_vx * sum_vx) / n, of_g * gw / n + of_vx * e
-        along = -s * s * (mean_h_xhat + scale * vx_q / n)
-        in_x = centred(along, -s * mean_h).addcmul_(g, spread(s * of_g)).addcmul_(vx, spread(s * of_vx))
-        return in_g, in_x, s * vx_q, None, None, None
+        mean_h = torch.addcmul(of_g * k.gb_n, k.of_vx_n, sum_vx)
+        mean_h_xhat = torch.addcmul(of_g * k.gw_n, k.of_vx_n, sum_vx_xhat)
+        along = torch.addcmul(mean_h_xhat, k.scale_n, vx_q).mul_(k.minus_s_s)
+        in_x = centred(along, mean_h.mul_(k.minus_s)).addcmul_(g, (s * of_g).view_as(k.scale_wide))
+        return in_g, in_x.addcmul_(vx, k.s_of_vx_wide), s * vx_q, None, None, None
+
+
+class _Fixed(NamedTuple):
+    """What all products through one backward pass share: of_vx = -w s gw / N; `_n` is divided by N, `_wide` spread."""
+
+    others: list[int]
+    ones: Tensor
+    minus_s: Tensor
+    minus_s_s: Tensor
+    scale_n: Tensor
+    minus_scale_n: Tensor
+    scale_wide: Tensor
+    gw_n: Tensor
+    gb_n: Tensor
+    minus_gw_n: Tensor
+    minus_gb_n: Tensor
+    of_vx_n: Tensor
+    s_of_vx_wide: Tensor
+
+    @staticmethod
+    def of(x: Tensor, w: Tensor, mean: Tensor, s: Tensor, gw: Tensor, gb: Tensor) -> "_Fixed":
+        n = x.numel() / x.shape[1]
+        across = (-1, *(1 for _ in range(x.dim() - 2)))  # a channel's value beside its positions
+        scale = w * s
+        scale_n, gw_n, gb_n = scale / n, gw / n, gb / n
+        of_vx = -scale * gw_n
+        return _Fixed(
+            others=[d for d in range(x.dim()) if d != 1],
+            ones=torch.ones_like(mean),
+            minus_s=-s,
+            minus_s_s=-s * s,
+            scale_n=scale_n,
+            minus_scale_n=-scale_n,
+            scale_wide=scale.view(across),
+            gw_n=gw_n,
+            gb_n=gb_n,
+            minus_gw_n=-gw_n,
+            minus_gb_n=-gb_n,
+            of_vx_n=of_vx / n,
+            s_of_vx_wide=(s * of_vx).view(across),
+        )
 
 
 def _backward(

@@ -49,6 +49,8 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if not ctx.curved():
             x, weight = x.detach(), weight.detach()
+        if not torch.is_grad_enabled():  # nothing will differentiate this pass
+            return *_backward(g, x, weight, ctx.how, ctx.needs_input_grad[:3]), None, None
         return *_Backward.apply(g, x, weight, ctx.how, ctx.needs_input_grad[:3]), None, None  # type: ignore[no-untyped-call]  # torch's
 
 
