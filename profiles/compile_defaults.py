@@ -4,9 +4,10 @@ python -m profiles.compile_defaults [--arch sm_90 ...] [--seconds 240] [--jobs 2
 
 The calls of `profiles.default_calls` are made for A100, H100, H200, B200, MI300X, eagerly and as torch.compile does
 it. Launches that would compile to the same binary (kernel, constants, types and alignment of the arguments, target)
-are one row: registers, spills, shared memory, matrix instructions and 16-byte loads, read from the binary. Rows of an
-unchanged kernel are kept, so that a run which stops at its limit goes on where it was. Exit status: 0 if all are
-compiled and none spills, 1 if one is in want (it is named), 2 if time was too short.
+are one row: registers, spills and shared memory of the binary, matrix instructions and 16-byte loads of its assembly.
+Rows of an unchanged kernel are kept, so that a run which stops at its limit goes on where it was; classes (the same but
+for the alignment of arguments, and fp16 as bf16) that have no row yet come first. Exit status: 0 if all are compiled
+and none spills, 1 if one is in want (it is named), 2 if time was too short.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -31,7 +32,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 
 from profiles.default_calls import Call, calls
 from profiles.tuned_tables import DEVICES
-from tests.support.offline import MACHINES, Arch, Launch, Report, offline_target, report, wide_loads
+from tests.support.offline import MACHINES, Arch, Launch, Report, offline_target, quick_report, wide_loads
 from triton_curv_autotune.registry import get_op
 from triton_curv_kernels import cg, choice, momentum, neumann, symmetric
 from triton_curv_kernels.backend import DeviceLimits
@@ -39,6 +40,13 @@ from triton_curv_kernels.backend import DeviceLimits
 CSV = Path(__file__).parent / "results" / "compiled_defaults.csv"
 TRACED = (cg, momentum, neumann, symmetric)
 """Modules whose launchers make other launches in a trace."""
+
+
+def like(arch: str, op: str, kernel: str, constants: str, types: str) -> tuple[str, ...]:
+    """Kernel, target, constants (not those that sizes and strides of 1 are) and dtypes, fp16 as bf16."""
+    fixed = " ".join(word for word in constants.split() if word[0].isupper() or word.startswith("num_"))
+    dtypes = " ".join(word.removesuffix(":16") for word in types.split() if word.startswith("*"))
+    return (arch, op, kernel, fixed.replace("fp16", "bf16"), dtypes.replace("fp16", "bf16"))
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Variant:
     key: str
     source: str
     compile: Callable[[], Launch]
+
+    @property
+    def like(self) -> tuple[str, ...]:
+        """The same for variants that differ in the alignment of their arguments only, or in fp16 for bf16."""
+        return like(self.arch, self.op, self.kernel, self.constants, self.types)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class Row:
             spills=found.spills,
             shared=found.shared,
             fits=found.fits_shared,
-            matrix=found.matrix_instructions + (found.counts["HMMA"] if variant.arch != "gfx942" else 0),
+            matrix=found.matrix_instructions,
             wide_loads=wide,
             atomics=found.counts["ATOM"] + found.counts["atomic"],
             key=variant.key,
@@ -190,7 +203,7 @@ def measured(some: Sequence[Variant], jobs: int, end: float) -> Iterator[Row]:
             if time.monotonic() > end:
                 break
             launch = variant.compile()
-            rows.put(Row.of(variant, report(launch), wide_loads(launch)))
+            rows.put(Row.of(variant, quick_report(launch), wide_loads(launch)))
         rows.put(None)
 
     workers = [context.Process(target=work, args=(first,), daemon=True) for first in range(jobs)]
@@ -208,6 +221,17 @@ def measured(some: Sequence[Variant], jobs: int, end: float) -> Iterator[Row]:
             running -= 1
         else:
             yield row
+
+
+def in_order(some: Sequence[Variant], known: Collection[tuple[str, ...]]) -> list[Variant]:
+    """One variant of each class that is not known, with the least aligned arguments, before all others."""
+    least: dict[tuple[str, ...], Variant] = {}
+    for variant in sorted(some, key=lambda v: ("float16" in v.case.split(), v.types.count(":16"))):
+        if variant.like not in known:
+            least.setdefault(variant.like, variant)
+    first = list(least.values())
+    keys = {variant.key for variant in first}
+    return first + [variant for variant in some if variant.key not in keys]
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -244,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     of_others = [row for row in read_rows(options.csv).values() if row.arch not in archs]
     known = read_rows(options.csv)
     rows = {v.key: known[v.key] for v in needed if v.key in known and known[v.key].source == v.source}
-    left = sorted((v for v in needed if v.key not in rows), key=lambda v: "float16" in v.case.split())  # alike bf16
+    classes = {like(r.arch, r.op, r.kernel, r.constants, r.types) for r in rows.values()}
+    left = in_order([v for v in needed if v.key not in rows], classes)
     print(f"{len(needed)} binaries, {len(left)} to compile", flush=True)
     for row in measured(left, options.jobs, end):
         rows[row.key] = row
