@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -110,7 +110,7 @@ def default_group_config(problem: GroupProblem) -> GroupConfig:
     num_stages = 2 if hip or fp32 else 3
 
     def config(part_k: int) -> GroupConfig:
-        return GroupConfig(128, 64, block_k, part_k, 4 if is_blackwell(problem.limits) and not fp32 else 8, num_stages)
+        return GroupConfig(128, 64, block_k, part_k, 8, num_stages)
 
     def duration(part_k: int) -> float:
         """Rows of large tiles that the busiest multiprocessor multiplies; a partial tile takes 500 rows' time."""
@@ -124,4 +124,7 @@ def default_group_config(problem: GroupProblem) -> GroupConfig:
             total += count * tiles * (tiles + 1) / 2 * parts * one
         return total / problem.limits.multiprocessors + longest
 
-    return config(min(PARTS_K, key=duration))
+    chosen = config(min(PARTS_K, key=duration))
+    if is_blackwell(problem.limits) and not fp32 and any(parts_of(k, chosen)[0] > 1 for k, *_ in problem.shapes):
+        return replace(chosen, num_warps=4)  # of 8, threads have 128 registers; to store factors at once takes 8
+    return chosen

@@ -76,7 +76,7 @@ def _update_strided(
         stored = _update_block(
             bases, param_offs, momentum_offs, update_offs, mask, scale, hyper, codes, PARAM, UPDATE, COUPLED, False
         )
-        squares += tl.where(mask, stored * stored, 0.0)
+        squares += stored * stored  # 0 where there is no element
     return tl.sum(squares)
 
 
@@ -158,7 +158,7 @@ def momentum_update_kernel(
             stored = _update_block(
                 bases, offs, offs, offs, mask, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, VECTORS=False
             )
-            square = tl.sum(tl.where(mask, stored * stored, 0.0))
+            square = tl.sum(stored * stored)  # 0 where there is no element
         else:
             square = _update_strided(
                 bases, first, size, p_strides, m_strides, u_strides, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, BLOCK
