@@ -202,33 +202,51 @@ def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(every)
 
 
-def draw(path: Path, runs: Path, peers: Sequence[str]) -> None:
-    """Training loss by step of each peer at its chosen rate, seed 0, a panel for each task; dashes: the target."""
+def draw(path: Path) -> None:
+    """Steps and CPU seconds to the target of every peer on every task, coloured by their ratio to AdamW's."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import json
-
     from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
 
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 5, figsize=(20, 7.5), constrained_layout=True)
-    for axis, name in zip(axes.flat, TASKS, strict=True):
-        for row in rows:
-            if row["task"] != name or row["peer"] not in peers or not row["lr"]:
-                continue
-            file_name = f"{row['peer']}.{name}.{float(row['lr']):.3g}.0.json"
-            if (runs / file_name).exists():
-                points = json.loads((runs / file_name).read_text())["points"]
-                wide = 2.2 if row["peer"] == "kfac" else 1.2
-                axis.plot([p[0] for p in points], [p[1] for p in points], label=row["peer"], linewidth=wide)
-        axis.axhline(get_scenario(name).target_loss, color="grey", linestyle="--", linewidth=0.8)
-        axis.set(title=name, yscale="log", xlabel="steps")
-    axes.flat[0].set_ylabel("training loss")
-    axes.flat[5].set_ylabel("training loss")
-    axes.flat[0].legend()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+        rows = {(row["task"], row["peer"]): row for row in csv.DictReader(file)}
+    tasks = [task for task in TASKS if any(task == of for of, _ in rows)]
+    peers = [peer for peer in PEERS if any(peer == of for _, of in rows)]
+    figure, axes = plt.subplots(1, 2, figsize=(19, 1.6 + 0.42 * len(peers)), constrained_layout=True)
+    for axis, field in zip(axes, ("steps", "seconds"), strict=True):
+        ratios = [[_ratio(rows, task, peer, field) for task in tasks] for peer in peers]
+        image = axis.imshow(ratios, norm=LogNorm(0.2, 5), cmap="RdYlGn_r", aspect="auto")
+        for y, peer in enumerate(peers):
+            for x, task in enumerate(tasks):
+                shown = _cell(rows.get((task, peer)), field)
+                dark = ratios[y][x] < 0.35 or ratios[y][x] > 3
+                size = 9 if shown[:1].isdigit() else 7
+                axis.text(x, y, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+        axis.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
+        axis.set_yticks(range(len(peers)), peers)
+        axis.set_title("steps to the target" if field == "steps" else "CPU seconds to the target")
+        figure.colorbar(image, ax=axis, label="times AdamW's", pad=0.01, ticks=[0.2, 0.5, 1, 2, 5], format="%g")
+    figure.savefig(path.with_suffix(".png"), dpi=90)
+
+
+def _ratio(rows: Mapping[tuple[str, str], Mapping[str, str]], task: str, peer: str, field: str) -> float:
+    """To AdamW's; NaN where one of them has none."""
+    ours, adamw = (rows.get((task, name), {}).get(field) for name in (peer, "adamw"))
+    return float(ours) / float(adamw) if ours and adamw else float("nan")
+
+
+def _cell(row: Mapping[str, str] | None, field: str) -> str:
+    """The number, or why there is none."""
+    if row is None:
+        return ""
+    if not row["lr"]:
+        error = row["error"].partition(":")[0]
+        return {"ModuleNotFoundError": "not on PyPI", "UnsupportedTaskError": "not for it"}.get(error, error)
+    reached, _, seeds = row["reached"].partition("/")
+    some = "" if reached == seeds else f" ({row['reached']})"
+    return f"{float(row[field]):.3g}{some}" if row[field] else "-" if row["steps"] else "missed"
 
 
 def main() -> None:
@@ -250,7 +268,7 @@ def main() -> None:
     print(f"torch {importlib.metadata.version('torch')}")
     for name in arguments.tasks or TASKS:
         write(arguments.csv, measure(get_scenario(name), names, arguments))
-        draw(arguments.csv, arguments.runs, ("sgd", "adamw", "muon", "soap", "kfac"))
+        draw(arguments.csv)
     print(arguments.csv.absolute(), arguments.csv.with_suffix(".png").absolute(), sep="\n")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor, nn
 
 from profiles.bench_memory import held_by
@@ -193,10 +194,17 @@ def test_bad_input_is_one_line(arguments: str, message: str, capsys: pytest.Capt
 
 def test_names_of_libraries(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     models = SimpleNamespace(list_models=lambda: ["small"], get_model=lambda name: perceptron())
-    broken: dict[str, Any] = {"torchvision": SimpleNamespace(models=models), "torchvision.models": models}
-    for name, module in broken.items():
+    timm = SimpleNamespace(list_models=lambda: ["tagged"], create_model=lambda name: perceptron())
+    found: dict[str, Any] = {"torchvision": SimpleNamespace(models=models), "torchvision.models": models, "timm": timm}
+    for name, module in found.items():
         monkeypatch.setitem(sys.modules, name, module)
     assert main(["explain", "small", "--input", "3"]) == 0
+    assert "A 4x4, G 2x2" in capsys.readouterr().out
+    assert main(["explain", "torchvision/small", "--input", "3"]) == 0
+    assert "A 4x4, G 2x2" in capsys.readouterr().out
+    assert main(["explain", "timm/small", "--input", "3"]) == 2
+    assert "(timm has no model of this name)" in capsys.readouterr().err
+    assert main(["explain", "timm/tagged.of_weights", "--input", "3"]) == 0
     assert "A 4x4, G 2x2" in capsys.readouterr().out
     assert main(["explain", "large", "--input", "3"]) == 2
     assert "torchvision has no model of this name" in capsys.readouterr().err
@@ -248,3 +256,4 @@ def test_the_page_is_whole_and_sorts_in_a_browser(browse: Callable[[str, str], s
     order = re.findall(r'<td class="name">([^<]*)</td>', seen)
     by_memory = sorted(told.rows, key=lambda row: -row.memory)
     assert order == [row.layer for row in by_memory]
+    assert all(str(escape(row.note)) in page for row in told.rows)

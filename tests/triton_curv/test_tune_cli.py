@@ -248,6 +248,14 @@ def test_a_kernel_of_one_pixel_is_a_plain_factor_where_channels_come_last() -> N
         assert (FACTOR in of_inputs) == channels_last
 
 
+def test_a_shared_weight_has_one_update_and_one_pair_of_factors() -> None:
+    one, two = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+    two.weight = one.weight
+    found = dict(problems.from_module(nn.Sequential(one, nn.Tanh(), two), (4, 16), "float32", FAKE))
+    assert found["momentum_update_"].numel == 16 * 16
+    assert found["damped_inverse_"].batch == 2
+
+
 def test_a_scenario_by_either_name(capsys: pytest.CaptureFixture[str]) -> None:
     by_scenario = run(capsys, "--scenario", "digits-cnn", "--dry-run")
     assert by_scenario.problems == run(capsys, "--model", "digits-cnn", "--dry-run").problems

@@ -38,8 +38,27 @@ def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
     return Cost(flops, (moved + 2 * batch * rows * columns) * matrix.element_size())
 
 
+def solved(operator: Operator, matrix: Tensor) -> Tensor:
+    """G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T, (batch, rows, columns)."""
+    left, right, gains, whole = operator
+    if not whole:
+        return times_right(times_left(left, matrix), right)
+    of_G, of_A = left[0], right[0] if right else None
+    one = len(matrix) == 1  # matrices alone: products of batches of one cost more
+    if one:
+        matrix, of_G = matrix[0], of_G[0]
+        of_A, gains = (None if t is None else t[0] for t in (of_A, gains))
+    if of_A is None:
+        result = of_G @ matrix
+    elif gains is None:
+        result = of_G @ matrix @ of_A
+    else:
+        result = of_G @ (of_G.mT @ matrix @ of_A * gains) @ of_A.mT
+    return result[None] if one else result
+
+
 def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
-    """out = G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T; both (batch, rows, columns)."""
+    """out = `solved(operator, matrix)`."""
     left, right, gains, whole = operator
     if not whole:
         out.copy_(times_right(times_left(left, matrix), right))
@@ -69,7 +88,7 @@ def solve_all(operators: Sequence[Operator], matrices: Sequence[Tensor], outs: S
     None if there is a block without sums.
     """
     whole = [each.whole and each.gains is None for each in operators]
-    if not any(whole) or not _has_kernels(matrices[0]):
+    if not any(whole) or not has_kernels(matrices[0]):
         whole = [False] * len(operators)
     for operator, matrix, out, is_whole in zip(operators, matrices, outs, whole, strict=True):
         if not is_whole:
@@ -86,6 +105,6 @@ def solve_all(operators: Sequence[Operator], matrices: Sequence[Tensor], outs: S
     return Sums(applied.products, applied.squares) if all(whole) else None
 
 
-def _has_kernels(tensor: Tensor) -> bool:
+def has_kernels(tensor: Tensor) -> bool:
     """Whether kernels serve the tensor's device. A trace does not look at the environment: there, on a GPU."""
     return tensor.device.type != "cpu" if torch.compiler.is_compiling() else not use_reference(tensor)

@@ -45,6 +45,7 @@ BUILT_IN: dict[type[Module] | str, RuleFactory] = {
     nn.GroupNorm: GroupNormRule,
     nn.LayerNorm: LayerNormRule,
     nn.RMSNorm: LayerNormRule,
+    "timm.layers.norm.LayerNorm": LayerNormRule,
     "transformers.pytorch_utils.Conv1D": TransposedDenseRule,
 }
 NEEDS_WEIGHT = (
@@ -112,4 +113,4 @@ def rule_for(module: Module, params: Mapping[str, Parameter], options: LayerOpti
             if "weight" not in params and (kind in NEEDS_WEIGHT or on_rows):
                 return "its weight is frozen"
             return factory(module, params, options)
-    return f"no block for {kind.__name__}"
+    return f"no block for {kind.__name__ if kind.__module__.startswith('torch.') else name}"

@@ -27,6 +27,15 @@ ScenarioName = Annotated[
     typer.Argument(metavar="SCENARIO", show_default=False, help="What to train; see `triton-curv scenarios`."),
 ]
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", show_default=False, help="A scenario, module:factory, or a model of torchvision or timm."
+    ),
+]
+InputShape = Annotated[str | None, typer.Option("--input", help="Shape of one sample.", show_default="3x224x224")]
+InputDtype = Annotated[str, typer.Option(help="float32, int64, or auto: the first that fits.")]
+
 
 @app.command()
 def scenarios() -> None:
@@ -122,17 +131,10 @@ def profile(
 
 @app.command()
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", show_default=False, help="A scenario, module:factory, or a model of torchvision or timm."
-        ),
-    ],
+    model: Model,
     batch: Annotated[int | None, typer.Option(help="Samples of a step.", show_default="the scenario's, or 32")] = None,
-    input_shape: Annotated[
-        str | None, typer.Option("--input", help="Shape of one sample.", show_default="3x224x224")
-    ] = None,
-    input_dtype: Annotated[str, typer.Option(help="float32, int64, or auto: the first that fits.")] = "auto",
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = "auto",
     factor_interval: Annotated[int, typer.Option(help="Steps between statistics.")] = 20,
     inverse_interval: Annotated[int, typer.Option(help="Steps between renewals of the inverses.")] = 20,
     max_factor_dim: Annotated[int, typer.Option(help="Larger factors are split or made diagonal.")] = 8192,
@@ -162,17 +164,10 @@ def explain(
 
 @app.command()
 def verify(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", show_default=False, help="A scenario, module:factory, or a model of torchvision or timm."
-        ),
-    ],
+    model: Model,
     batch: Annotated[int | None, typer.Option(help="Samples.", show_default="5")] = None,
-    input_shape: Annotated[
-        str | None, typer.Option("--input", help="Shape of one sample.", show_default="3x224x224")
-    ] = None,
-    input_dtype: Annotated[str, typer.Option(help="float32, int64, or auto: the first that fits.")] = "auto",
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check every block and both matrix-free products on a narrow float64 copy of a model, against definitions."""

@@ -15,6 +15,8 @@ from triton_curv.explanation import Explanation, Ranks, explain, on_ranks, write
 from triton_curv.explanation.units import readable_bytes, readable_flops
 
 WIDTH = 150
+LONGEST_NAME = 48
+"""Characters of a layer's name that a table keeps on one line."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def _layers(explanation: Explanation) -> Table:
     shape = " x ".join(map(str, explanation.input_shape))
     title = f"{explanation.model}: input {shape} {explanation.input_dtype}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
-    for name in ("layer", "kind"):
-        table.add_column(name, overflow="fold")
+    longest = max((len(row.layer) for row in explanation.rows), default=0)
+    table.add_column("layer", overflow="fold", min_width=min(longest, LONGEST_NAME))
+    table.add_column("kind", overflow="fold")
     table.add_column("numbers", justify="right")
     for name in ("trained by", "curvature", "factors"):
         table.add_column(name, overflow="fold")

@@ -112,23 +112,26 @@ def _factory(spec: str) -> Callable[[], Any]:
     return found  # type: ignore[no-any-return]  # callable, which mypy can't keep for Any
 
 
-def _from_libraries(name: str) -> Callable[[], Any]:
-    """`torchvision.models.get_model` or `timm.create_model`, without pretrained weights."""
+LIBRARIES = {"torchvision": ("torchvision.models", "get_model"), "timm": ("timm", "create_model")}
+
+
+def _from_libraries(spec: str) -> Callable[[], Any]:
+    """`torchvision.models.get_model` or `timm.create_model`, without pretrained weights; "timm/NAME" asks only timm."""
+    prefix, slash, rest = spec.partition("/")
+    asked, name = ([prefix], rest) if slash and prefix in LIBRARIES else ([*LIBRARIES], spec)
     tried: list[str] = []
-    for library, module_name, factory, knows in (
-        ("torchvision", "torchvision.models", "get_model", "list_models"),
-        ("timm", "timm", "create_model", "list_models"),
-    ):
+    for library in asked:
+        module_name, factory = LIBRARIES[library]
         try:
             module = importlib.import_module(module_name)
         except Exception as error:  # a build for another torch raises RuntimeError or OSError while it is imported
             tried.append(f"{library}: {error}")
             continue
-        if name in getattr(module, knows)():
+        if name.partition(".")[0] in module.list_models():  # timm's names may go on with a tag of weights
             create = getattr(module, factory)
             return lambda: create(name)
         tried.append(f"{library} has no model of this name")
     raise ConfigurationError(
         f"expected a scenario ({', '.join(SCENARIOS)}), module:factory, or a model of torchvision or timm, "
-        f"got {name!r} ({'; '.join(tried)})"
+        f"got {spec!r} ({'; '.join(tried)})"
     )

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_curv.blocks import FactorShape, LayerOptions, rule_for
 from triton_curv.errors import ConfigurationError
+from triton_curv.explanation.observe import without_data
+from triton_curv.optimizers.groups import rules_of
 from triton_curv.scenarios import get_scenario
 from triton_curv_autotune.errors import AutotuneError
 from triton_curv_autotune.registry import get_op, op_names
@@ -21,6 +23,7 @@ from triton_curv_kernels.backend import DeviceLimits
 
 Problems = list[tuple[str, Any]]
 
+OPTIONS = LayerOptions(norm_fisher="full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -124,7 +127,7 @@ def from_module(
         raise ConfigurationError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
     if channels_last and len(shape) != 4:
         raise ConfigurationError(f"expected samples of three sizes for --channels-last, got {tuple(shape[1:])}")
-    model = model.to(device="meta", dtype=DTYPES[dtype])
+    model = without_data(model.to(DTYPES[dtype]))
     inputs = torch.empty(shape, device="meta", dtype=DTYPES[dtype])
     if channels_last:
         inputs = inputs.to(memory_format=torch.channels_last)
@@ -142,22 +145,21 @@ def from_module(
     finally:
         for hook in hooks:
             hook.remove()
+    rules, _ = rules_of(model, OPTIONS)
     with _Recording() as recording, torch.no_grad():
-        shapes = [_call_factor_ops(*use) for use in uses]
+        for use in uses:
+            _call_factor_ops(*use)
         updating = _update_problems([p for p in model.parameters() if p.requires_grad])
-    found = recording.problems + updating + _inverse_problems(shapes)
+    found = recording.problems + updating + _inverse_problems([rule.factor_shapes for rule in rules.values()])
     placed = [(name, get_op(name).on(problem, limits)) for name, problem in found]
     return list(dict.fromkeys(placed))
 
 
-def _call_factor_ops(layer: nn.Module, inputs: Tensor, output: Tensor) -> Mapping[str, FactorShape]:
-    rule = rule_for(layer, dict(layer.named_parameters(recurse=False)), LayerOptions(norm_fisher="full"))
-    if isinstance(rule, str):
-        return {}
-    shapes = rule.factor_shapes
-    sums = {name: torch.empty(s.batch, s.size, s.size, device="meta") for name, s in shapes.items()}
-    rule.accumulate_(sums, inputs, torch.empty_like(output), layer.training)
-    return shapes
+def _call_factor_ops(layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
+    rule = rule_for(layer, dict(layer.named_parameters(recurse=False)), OPTIONS)
+    if not isinstance(rule, str):
+        sums = {name: torch.empty(s.batch, s.size, s.size, device="meta") for name, s in rule.factor_shapes.items()}
+        rule.accumulate_(sums, inputs, torch.empty_like(output), layer.training)
 
 
 def _inverse_problems(layers: Sequence[Mapping[str, FactorShape]]) -> Problems:

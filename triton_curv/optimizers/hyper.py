@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_curv.optimizers.hyper_slots import SLOTS
+from triton_curv.optimizers.hyper_slots import SLOT, SLOTS
 from triton_curv.optimizers.kfac_options import KFACOptions
 
 
@@ -20,16 +20,28 @@ class OfModel(NamedTuple):
     signal_scale: float | Tensor
 
 
-def values_of(group: Mapping[str, Any], steps: int, options: KFACOptions, of_model: OfModel) -> list[float | Tensor]:
-    """The numbers of one parameter group at a step, in the order of `SLOTS`."""
+def values_of(group: Mapping[str, Any], options: KFACOptions, of_model: OfModel) -> list[float | Tensor]:
+    """The numbers of one parameter group, in the order of `SLOTS`, before `corrected`."""
     lr, momentum, (beta1, beta2) = group["lr"], group["momentum"], group.get("betas", (0.0, 0.0))
-    ahead = (momentum, 1.0) if options.nesterov else (1.0, 0.0)
-    bias = 1 - momentum ** (steps + 1 + options.nesterov) if options.averages else 1.0
-    weights = [1.0, 0.0] if group["kind"] == "fallback" else [ahead[0] / bias, ahead[1] / bias]
+    has_blocks = group["kind"] != "fallback"
+    weights = (momentum, 1.0) if options.nesterov and has_blocks else (1.0, 0.0)
     of_update = [lr, momentum, group["weight_decay"], *weights]
-    of_block = [1 - momentum, 1 - momentum**steps, lr**2, group["damping"], group["relative_damping"]]
+    corrects = float(options.averages and has_blocks)
+    of_block = [1 - momentum, 1.0, corrects, lr**2, group["damping"], group["relative_damping"]]
     sign = -1.0 if group["maximize"] else 1.0
     return [*of_update, *of_block, *of_model, sign, beta1, beta2, 1 - beta1, 1 - beta2, group.get("eps", 0.0)]
+
+
+def corrected(hyper: Tensor, steps: Tensor, nesterov: bool) -> Tensor:
+    """A row with the bias of an average that starts at zero taken out, at the step after `steps` (1,) of them.
+
+    On the device, where the steps are counted: in a CUDA graph that is replayed, too, they go on.
+    """
+    momentum, corrects = hyper[SLOT["momentum"]], hyper[SLOT["corrects"]]
+    bias = 1 - corrects * momentum ** (steps + 1 + nesterov)
+    weights, settled = slice(SLOT["momentum_weight"], SLOT["update_weight"] + 1), SLOT["settled"]
+    before, between = hyper[: weights.start], hyper[weights.stop : settled]
+    return torch.cat([before, hyper[weights] / bias, between, 1 - momentum**steps, hyper[settled + 1 :]])
 
 
 def write_rows_(
@@ -54,12 +66,24 @@ def write_rows_(
 
 
 class HyperParameters:
-    """`rows` (groups, len(SLOTS)) in the device's memory, always the same tensor."""
+    """`rows` (groups, len(SLOTS)) and `steps` (1,) taken, in the device's memory, always the same tensors.
+
+    A step counts itself there; the host writes the number only where it is another than what it left there.
+    """
 
     def __init__(self, groups: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = torch.zeros(groups, len(SLOTS), dtype=dtype, device=device)
+        self.steps = torch.zeros(1, dtype=dtype, device=device)
         self._written: list[list[float]] | None = None
+        self._counted = 0
 
-    def write_(self, rows: Tensor, values: Sequence[Sequence[float | Tensor]]) -> None:
-        """`write_rows_` that remembers what was written."""
+    def write_(self, rows: Tensor, steps: Tensor, values: Sequence[Sequence[float | Tensor]], count: int) -> None:
+        """`write_rows_` that remembers what was written, and the number of steps."""
         self._written = write_rows_(rows, values, self._written)
+        if self._counted != count:
+            steps.fill_(count)
+            self._counted = count
+
+    def count(self) -> None:
+        """A step has been taken on the device."""
+        self._counted += 1

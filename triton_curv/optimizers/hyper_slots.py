@@ -1,7 +1,8 @@
 """Where each hyper-parameter lies in a row of `HyperParameters`."""
 
-# The first five are what `momentum_update_` takes; `average` is 1 - momentum, and `settled` the sum of the weights that
-# the momentum, an average, holds before the step: 1 - momentum^steps. `damping_factor` multiplies both dampings.
+# The first five are what `momentum_update_` takes; `average` is 1 - momentum. `corrects` is 1 where the momentum is an
+# average that starts at zero: `corrected` divides the two weights before by the sum of its weights, and puts that sum
+# as it was before the step, 1 - momentum^steps, into `settled`. `damping_factor` multiplies both dampings.
 # `signal_scale` is what a GradScaler multiplies the loss with; `sign` is -1 where the loss is maximised.
 SLOTS = (
     "lr",
@@ -11,6 +12,7 @@ SLOTS = (
     "update_weight",
     "average",
     "settled",
+    "corrects",
     "lr_squared",
     "damping",
     "relative_damping",

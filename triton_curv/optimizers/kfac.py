@@ -14,7 +14,6 @@ from triton_curv.health import EVENTS
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import RUNGS, InverseName
 from triton_curv.nvtx import stage
-from triton_curv.optimizers.apply import Work
 from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
@@ -182,7 +181,8 @@ class KFAC(Rebuilt):
         self._sharding = Sharding() if sharding is None else sharding
         self._model, self._scaler = self._found.model, grad_scaler
         self._number, self._plan = register(self), Plan()
-        self._regions = Regions({} if compile is True else compile or None)
+        device = next(self._model.parameters()).device
+        self._regions = Regions({} if compile is True else compile or None, device)
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         defaults = {
             "lr": lr,
@@ -335,11 +335,13 @@ class KFAC(Rebuilt):
         """
         self._curvature.sample_fisher(output, loss, mask=mask, dim=dim)
 
-    def _current_rows(self, rows: Tensor | None = None) -> Tensor:
+    def _current_rows(self, written: Sequence[Tensor] | None = None) -> Tensor:
         """The rows of hyper-parameters, brought up to date."""
-        rows, steps, options = self._hyper.rows if rows is None else rows, self._steps, self.options
+        steps, options = self._steps, self.options
+        rows, counted = (self._hyper.rows, self._hyper.steps) if written is None else written
         of_model = OfModel(options.damping_rule.factor(steps), self._curvature.signal_scale)
-        self._hyper.write_(rows, [values_of(group, steps, options, of_model) for group in self.param_groups])
+        values = [values_of(group, options, of_model) for group in self.param_groups]
+        self._hyper.write_(rows, counted, values, steps)
         return rows
 
     @torch.no_grad()
@@ -383,7 +385,9 @@ class KFAC(Rebuilt):
         if curvature.any_seen:
             curvature.renew_inverses(steps)
         before = self._trials.before(self._params, self.state, evaluate)
-        finite = self._apply(self._current_rows())
+        self._current_rows()
+        finite = self._apply()
+        self._hyper.count()
         if not known_true(finite):
             curvature.monitor.watch()
         if before is not None:
@@ -407,36 +411,28 @@ class KFAC(Rebuilt):
         if plan.fold and options.fisher != "empirical":
             store.unstash()
         pending = self._exchange.seen(store, curvature.normalisation(rows)) if plan.fold else store.samples
-        begin_step_(rows, pending, self._number, curvature.with_gradients() if plan.fold else [])
+        begin_step_([rows, self._hyper.steps], pending, self._number, curvature.with_gradients() if plan.fold else [])
         if plan.fold:
             fold_(store, curvature.folded, curvature.normalisation(rows), None, self._exchange)
         part = int(plan.part)
         if part != IDLE:
             lambdas = curvature.lambdas(rows) if part in (ALL, 0) else None
             refresh_(store, curvature.turned, curvature.keys_of(part), lambdas, self._exchange)
-        self._apply(rows)
+        self._apply()
 
-    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
-        """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
+    def begin_step(self, written: Sequence[Tensor], pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """The host's share of a compiled step: write hyper-parameters, count the step, plan the next."""
         self._curvature.note(self._plan, self._steps, pending, with_gradients)
-        self._current_rows(rows)
+        self._current_rows(written)
+        self._hyper.count()
         self._set_steps(self._steps + 1)
 
-    def _apply(self, rows: Tensor) -> Tensor:
+    def _apply(self) -> Tensor:
         """Region 3; returns whether gradients are finite, ()."""
         require_gradients(self._names, self._params)
-        work, loose, of_group = [], [], rows.unbind()
-        for matrices, hyper in zip(self._matrices, of_group, strict=False):
-            lists = matrices.active()
-            if lists.leaves:
-                work.append(Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], hyper))
-        for group, hyper in zip(self._loose, of_group[len(self._matrices) :], strict=True):
-            active = group.active(hyper)
-            if active.params:
-                loose.append(active)
-        region, skipped = self._regions.apply, self._curvature.events[0]
-        finite: Tensor = region(work, loose, self._store.samples, skipped, self.options, self._exchange)
-        return finite
+        samples, skipped = self._store.samples, self._curvature.events[0]
+        hyper, options = self._hyper, self.options
+        return self._regions.apply(self._matrices, self._loose, hyper, samples, skipped, options, self._exchange)
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Gradients of blocks as matrices: one flat buffer for a parameter group, with views for blocks and parameters."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.nn import Parameter
 from triton_curv.blocks import Block, ConvRule, DenseRule, Rule
 from triton_curv.blocks.operator import Operator
 from triton_curv.errors import NoStatisticsError
+from triton_curv.optimizers.graph_apply import GraphRow, GraphWork
+from triton_curv.optimizers.step_size import Sizes
 
 REFERENCE_FAN_IN = 64
 
@@ -28,11 +30,12 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One block: its matrices (batch, rows, columns) in the flat buffers, and its parameters."""
+    """One block: its matrices (batch, rows, columns), two of them in the flat buffers, and its parameters."""
 
     block: Block
     grad: Tensor
     update: Tensor
+    momentum: Tensor
     parts: tuple[Part, ...]
 
 
@@ -80,6 +83,18 @@ def fan_scales(rows: Sequence[Row], like: Tensor) -> Tensor:
     return torch.tensor([fan_scale(row.block.rule) for row in rows], dtype=like.dtype, device=like.device)
 
 
+def root_sizes(rows: Sequence[Row], like: Tensor) -> Tensor:
+    """sqrt(numbers) of each block."""
+    return torch.tensor([row.block.matrix_size**0.5 for row in rows], dtype=like.dtype, device=like.device)
+
+
+def graph_row(row: Row) -> GraphRow:
+    """A block as a graph takes it."""
+    params, fans = [part.param for part in row.parts], [part.fan_out for part in row.parts]
+    whole = len(params) == 1 and row.parts[0].grad.is_contiguous() and params[0].numel() == row.grad.numel()
+    return GraphRow(row.block.operator, row.momentum, row.block.rule, params, whole, row.block.index, fans)
+
+
 def row_index(rows: Sequence[Row], device: torch.device) -> Tensor:
     """The number of its block for each parameter."""
     return torch.tensor([i for i, row in enumerate(rows) for _ in row.parts], dtype=torch.int64, device=device)
@@ -96,46 +111,60 @@ class MatrixGroup:
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> None:
         sizes = [block.matrix_size for block in blocks]
-        self.grads, self.updates, self.momenta = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(3))
+        self.grads, self.updates = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(2))
         self.rows: list[Row] = []
-        buffers = (self.grads, self.updates, self.momenta)
-        pieces = zip(*(torch.split(buffer, sizes) for buffer in buffers), strict=True)
+        pieces = zip(*(torch.split(buffer, sizes) for buffer in (self.grads, self.updates)), strict=True)
         for block, flat in zip(blocks, pieces, strict=True):
             matrices = [piece.view(block.rule.matrix_shape) for piece in flat]
+            # not flat: a graph that changes views of one buffer has to put it together again
+            matrices.append(torch.zeros(block.rule.matrix_shape, dtype=dtype, device=device))
             grads, updates, momenta = (block.rule.views(matrix) for matrix in matrices)
             parts = tuple(
                 Part(param, grads[name], updates[name], momenta[name], fan_out(block.rule, name))
                 for name, param in block.rule.params.items()
             )
-            self.rows.append(Row(block, matrices[0], matrices[1], parts))
+            grad, update, momentum = matrices
+            self.rows.append(Row(block, grad, update, momentum, parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: dict[tuple[bool, ...], Lists] = {}
+        self.graph_rows = [graph_row(row) for row in self.rows]
+        self.params = [part.param for row in self.rows for part in row.parts]
+        self.root_sizes, self.fan_scales = root_sizes(self.rows, self.idle), fan_scales(self.rows, self.idle)
 
     def active(self) -> Lists:
         """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
-        if torch.compiler.is_compiling():
-            return self._active()
         present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
         if present not in self._cache:
-            self._cache[present] = self._active()
+            rows = [self.rows[i] for i in self._active()]
+            stale = (self.grads, self.updates) if len(rows) < len(self.rows) else ()
+            self._cache[present] = self._lists(rows)._replace(stale=stale)
         return self._cache[present]
 
-    def _active(self) -> Lists:
-        rows = [row for row in self.rows if any(part.param.grad is not None for part in row.parts)]
-        for row in rows:
+    def in_graph(self, hyper: Tensor) -> GraphWork | None:
+        """The same, as a graph takes it; None if no block has gradients."""
+        grads = [p.grad for p in self.params]
+        if all(grad is not None for grad in grads):
+            every = cast("list[Tensor]", grads)
+            return GraphWork(self.graph_rows, every, Sizes(self.root_sizes, self.fan_scales, hyper), self.idle)
+        active = self._active()
+        if not active:
+            return None
+        sizes = Sizes(self.root_sizes[active], self.fan_scales[active], hyper)
+        some = [grad for grad in grads if grad is not None]
+        return GraphWork([self.graph_rows[i] for i in active], some, sizes, self.idle)
+
+    def _active(self) -> list[int]:
+        active = [i for i, row in enumerate(self.rows) if any(part.param.grad is not None for part in row.parts)]
+        for row in (self.rows[i] for i in active):
             if any(part.param.grad is None for part in row.parts):
                 raise NoStatisticsError(
                     f"block '{row.block.name}': expected a gradient for all of {sorted(row.block.rule.params)}, "
                     "got one for some of them only"
                 )
-        stale = (self.grads, self.updates) if len(rows) < len(self.rows) else ()
-        return self._lists(rows)._replace(stale=stale)
+        return active
 
     def _lists(self, rows: list[Row]) -> Lists:
         parts = [part for row in rows for part in row.parts]
-        sizes = torch.tensor(
-            [float(row.update.numel()) for row in rows], dtype=self.grads.dtype, device=self.grads.device
-        )
         return Lists(
             operators=[row.block.operator for row in rows],
             leaves=[part.param for part in parts],
@@ -147,11 +176,11 @@ class MatrixGroup:
             row_updates=[row.update for row in rows],
             flat_grads=self.grads,
             flat_updates=self.updates,
-            root_sizes=sizes.sqrt(),
-            fan_scales=fan_scales(rows, sizes),
+            root_sizes=root_sizes(rows, self.idle),
+            fan_scales=fan_scales(rows, self.idle),
             idle=self.idle,
             row_of_param=[i for i, row in enumerate(rows) for _ in row.parts],
-            row_index=row_index(rows, sizes.device),
+            row_index=row_index(rows, self.idle.device),
             block_indices=[row.block.index for row in rows],
             fans_out=[part.fan_out for part in parts],
         )

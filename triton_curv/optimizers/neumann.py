@@ -208,7 +208,7 @@ class Neumann(Optimizer):
                 raise ConfigurationError("expected no closure in a compiled step: use Neumann(..., compile=True)")
             self._refuse_shards()
             plans, rows = list(self._plans), self._rows[0]
-            begin_step_(rows, rows, self._number, self._with_gradients())
+            begin_step_([rows], rows, self._number, self._with_gradients())
             self._run(plans, rows)
             return None
         if self.evaluating:
@@ -231,7 +231,7 @@ class Neumann(Optimizer):
             self._refuse_shards()
             self._plan()  # somebody may have changed a group since
             plans, rows = [replace(plan) for plan in self._plans], self._rows[0]
-            self.begin_step(rows, rows, self._with_gradients())
+            self.begin_step([rows], rows, self._with_gradients())
             self._run(plans, rows)
             return
         distances = [group["distance"] for group in groups]
@@ -268,8 +268,8 @@ class Neumann(Optimizer):
             decay = group["weight_decay"]
             plan.decays, plan.maximize = isinstance(decay, Tensor) or decay != 0, bool(group["maximize"])
 
-    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
-        """The host's share of a compiled step: write hyper-parameters into `rows`, count the step, plan the next."""
+    def begin_step(self, written: Sequence[Tensor], pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """The host's share of a compiled step: write hyper-parameters, count the step, plan the next."""
         if self.evaluating:
             raise EvaluationModeError("expected train() before step(), got eval() mode: the parameters hold w - mu m")
         values, variables = [], self._variables()
@@ -278,7 +278,7 @@ class Neumann(Optimizer):
             mu = mu_at(group["step"] - group["warmup"], group["mu"], group["mu_steps"])
             of_update = [group["lr"], mu, group["alpha"], group["beta"] * variables, group["gamma"]]
             values.append([*of_update, group["weight_decay"]])
-        write_rows_(rows, values)
+        write_rows_(written[0], values)
         self._plan()
 
     @stage("update", payload=lambda optimizer, group, *_: neumann_cost(group["params"]))

@@ -4,7 +4,7 @@ Functions of tensors without a look at any value: each compiles as one graph and
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from torch import Tensor
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.blocks.centre import Mean, centre_, gradients_of_biases, means_of
-from triton_curv.optimizers.apply import apply_
+from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.exchange import Exchange
+from triton_curv.optimizers.fallback import LooseGroup
+from triton_curv.optimizers.graph_apply import apply_in_graph_
+from triton_curv.optimizers.hyper import HyperParameters
 from triton_curv.optimizers.hyper_slots import SLOT
+from triton_curv.optimizers.kfac_options import KFACOptions
+from triton_curv.optimizers.matrices import MatrixGroup
 from triton_curv.optimizers.traced import REGION
 
 Region = Callable[..., Any]
@@ -92,16 +97,50 @@ def refresh_(
 
 
 class Regions:
-    """The three, as they are or, with arguments for `torch.compile`, each compiled when it first runs."""
+    """The three, as they are or, with arguments for `torch.compile`, each compiled when it first runs.
 
-    def __init__(self, compiling: Mapping[str, Any] | None) -> None:
+    On a CPU the first two are calls of the linear algebra library, which inductor would spend minutes on to leave as
+    they are (28 layers: see docs/compile.md): "aot_eager" is the backend for them there, unless one is given.
+    """
+
+    def __init__(self, compiling: Mapping[str, Any] | None, device: torch.device) -> None:
         self.compiling = compiling
-        self.fold = self._maybe_compiled(fold_)
-        self.refresh = self._maybe_compiled(refresh_)
-        self.apply = self._maybe_compiled(apply_)
+        chosen = compiling is not None and not {"backend", "mode", "options"}.isdisjoint(compiling)
+        library = {"backend": "aot_eager"} if device.type == "cpu" and not chosen else {}
+        self.fold = self._maybe_compiled(fold_, library)
+        self.refresh = self._maybe_compiled(refresh_, library)
+        self._apply = self._maybe_compiled(apply_in_graph_, {})
 
-    def _maybe_compiled(self, region: Region) -> Region:
+    def apply(
+        self,
+        matrices: Sequence[MatrixGroup],
+        loose: Sequence[LooseGroup],
+        hyper: HyperParameters,
+        samples: Tensor,
+        skipped: Tensor,
+        options: KFACOptions,
+        exchange: Exchange,
+    ) -> Tensor:
+        """Region 3 with the gradients that there are; returns whether all are finite, ()."""
+        of_group = hyper.rows.unbind()
+        others = [group.active(row) for group, row in zip(loose, of_group[len(matrices) :], strict=True)]
+        others = [group for group in others if group.params]
+        with_blocks = zip(matrices, of_group, strict=False)
+        finite: Tensor
+        if torch.compiler.is_compiling() or self.compiling is not None:
+            region = apply_in_graph_ if torch.compiler.is_compiling() else self._apply
+            graph_work = [group.in_graph(row) for group, row in with_blocks]
+            finite = region(
+                [each for each in graph_work if each is not None], others, hyper.steps, samples, skipped, options
+            )
+            return finite
+        active = [(group.active(), row) for group, row in with_blocks]
+        work = [Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], row) for lists, row in active]
+        finite = apply_([each for each in work if each.grads], others, hyper.steps, samples, skipped, options, exchange)
+        return finite
+
+    def _maybe_compiled(self, region: Region, default: Mapping[str, Any]) -> Region:
         if self.compiling is None:
             return region
-        compiled: Region = torch.compile(region, **{**REGION, **self.compiling})
+        compiled: Region = torch.compile(region, **{**REGION, **default, **self.compiling})
         return compiled

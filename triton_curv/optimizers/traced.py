@@ -42,8 +42,8 @@ class Plan:
 class Host(Protocol):
     """An optimizer's decisions."""
 
-    def begin_step(self, rows: Tensor, pending: Tensor, with_gradients: Sequence[int]) -> None:
-        """Hyper-parameters into `rows`; everything else that a planned step does without tensors."""
+    def begin_step(self, written: Sequence[Tensor], pending: Tensor, with_gradients: Sequence[int]) -> None:
+        """Numbers of this step into `written`; everything else that a planned step does without tensors."""
 
 
 _hosts: WeakValueDictionary[int, Host] = WeakValueDictionary()
@@ -57,22 +57,22 @@ def register(host: Host) -> int:
     return number
 
 
-@torch.library.custom_op("triton_curv::begin_step_", mutates_args={"rows"}, tags=(torch.Tag.cudagraph_unsafe,))
-def _begin_step(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> None:
+@torch.library.custom_op("triton_curv::begin_step_", mutates_args={"written"}, tags=(torch.Tag.cudagraph_unsafe,))
+def _begin_step(written: list[Tensor], pending: Tensor, number: int, with_gradients: list[int]) -> None:
     host = _hosts.get(number)
     if host is None:
         raise RuntimeError("a compiled step was called after its optimizer was deleted")
-    host.begin_step(rows, pending, with_gradients)
+    host.begin_step(written, pending, with_gradients)
 
 
 @_begin_step.register_fake
-def _(rows: Tensor, pending: Tensor, number: int, with_gradients: list[int]) -> None:
+def _(written: list[Tensor], pending: Tensor, number: int, with_gradients: list[int]) -> None:
     return None
 
 
-def begin_step_(rows: Tensor, pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
+def begin_step_(written: list[Tensor], pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
     """`host.begin_step` of optimizer `number`, whenever the graph runs."""
-    torch.ops.triton_curv.begin_step_(rows, pending, number, list(with_gradients))
+    torch.ops.triton_curv.begin_step_(written, pending, number, list(with_gradients))
 
 
 def require_gradients(names: Mapping[Any, str], params: Sequence[Tensor]) -> None:

@@ -73,7 +73,7 @@ class ShardGroup(MatrixGroup):
                 fan = fan_out(block.rule, name)
                 parts.append(Part(param, empty, update.view(shape), momentum.view(shape), fan))
             grad, update = matrices or (empty, empty)
-            self.rows.append(Row(block, grad, update, tuple(parts)))
+            self.rows.append(Row(block, grad, update, empty, tuple(parts)))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache = {}
 

@@ -43,7 +43,8 @@ def update_of(name: str, model: nn.Module, lr: float, compiled: bool) -> Action:
         kfac = KFAC(model, lr=lr, factor_interval=10**6, inverse_interval=10**6, compile=compiled)
         return kfac.step
     if name == "neumann":
-        return Neumann(params, lr=lr, warmup=5, period=10**6, compile=compiled).step
+        # without the repulsive term, which throws weights far away so soon after the start: passes would take longer
+        return Neumann(params, lr=lr, beta=0.0, warmup=5, period=10**6, compile=compiled).step
     optimizers: list[torch.optim.Optimizer]
     if name == "muon":
         rest = [p for p in params if p.dim() != 2]

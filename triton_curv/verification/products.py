@@ -50,7 +50,12 @@ class Problem:
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         generator = torch.Generator().manual_seed(seed)
         self.direction = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in self.params]
-        with self._as_before():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:  # autograd takes it for a constant
+                for p, v in zip(self.params, self.direction, strict=True):
+                    if p is module.weight:
+                        v[module.padding_idx] = 0.0
+        with self.as_before():
             output = self._output()
         self._targets = torch.randn(output.shape, dtype=output.dtype, generator=generator)
 
@@ -64,7 +69,7 @@ class Problem:
         return LossAndOutput((output - self._targets).square().sum() / len(output), output)
 
     @contextmanager
-    def _as_before(self) -> Iterator[None]:
+    def as_before(self) -> Iterator[None]:
         """The same random numbers as ever, and buffers put back afterwards."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         torch.manual_seed(self.seed)
@@ -77,7 +82,7 @@ class Problem:
 
     def ours(self, product: Callable[[], Vectors]) -> Vectors:
         """What `product` gives."""
-        with self._as_before():
+        with self.as_before():
             return product()
 
     def along(self, measure: Callable[[LossAndOutput], Vectors], step: float) -> Vectors:
@@ -90,7 +95,7 @@ class Problem:
             with torch.no_grad():
                 for p, weight, v in zip(self.params, weights, self.direction, strict=True):
                     p.copy_(weight + sign * scale * v)
-            with self._as_before():
+            with self.as_before():
                 ends.append(measure(self.loss()))
         with torch.no_grad():
             for p, weight in zip(self.params, weights, strict=True):

@@ -1,7 +1,7 @@
 """A narrow copy of a model: every width divided by one number, so that dense float64 oracles are cheap."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ LARGEST_FACTOR = 256
 SIDE, LENGTH = 32, 8
 """Pixels of an image's side and tokens of a sequence that are tried before the shape as given."""
 
-WIDTHS = {
+WIDTHS: Mapping[type[nn.Module], Sequence[str]] = {
     nn.Linear: ("in_features", "out_features"),
     nn.Embedding: ("embedding_dim",),
     nn.LayerNorm: ("normalized_shape",),
@@ -201,7 +201,7 @@ def _kept(module: nn.Module, at_input: bool) -> tuple[int, ...]:
 
 def _divide_attributes(module: nn.Module, twin: nn.Module, smaller: Any, at_input: bool) -> None:
     """Widths that the layer's forward reads from its attributes."""
-    names: Sequence[str] = WIDTHS.get(type(module), ())
+    names = next((names for kind, names in WIDTHS.items() if isinstance(module, kind)), ())
     if isinstance(module, nn.modules.conv._ConvNd):
         names = CHANNELS
         if module.groups > 1 and smaller(module.groups) != module.groups and module.groups == module.in_channels:
