@@ -203,7 +203,7 @@ def samples_of_part(problem: PatchProblem) -> int:
     if samples * pixels * problem.groups * problem.per_group * problem.dtype.itemsize <= SMALL_COPY:
         return max(1, samples)
     if geometry.kernel_positions == 1:
-        return triton.cdiv(samples, 20)
+        return -(-samples // 20)
     return max(1, int(COPY_SHARE * samples * geometry.positions * geometry.kernel_positions / pixels))
 
 
