@@ -34,11 +34,11 @@ from profiles.default_calls import Call, calls
 from profiles.tuned_tables import DEVICES
 from tests.support.offline import MACHINES, Arch, Launch, Report, offline_target, quick_report, wide_loads
 from triton_curv_autotune.registry import get_op
-from triton_curv_kernels import cg, choice, momentum, neumann, symmetric
+from triton_curv_kernels import apply_inverse, cg, choice, momentum, neumann, symmetric
 from triton_curv_kernels.backend import DeviceLimits
 
 CSV = Path(__file__).parent / "results" / "compiled_defaults.csv"
-TRACED = (cg, momentum, neumann, symmetric)
+TRACED = (apply_inverse, cg, momentum, neumann, symmetric)
 """Modules whose launchers make other launches in a trace."""
 
 

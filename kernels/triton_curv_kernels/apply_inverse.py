@@ -10,9 +10,6 @@ Source: arXiv 1811.12019 section 3; KL clipping min(1, sqrt(kappa / (lr^2 sum <P
 The Triton path takes three launches, whatever the number of layers: tiles of T = D A^-1 of all layers, longest first;
 tiles of P = G^-1 T, each with its part of the sums in a workspace; and one that adds those up in a fixed order. Batches
 of matrices of at most 4 x 4 with a single factor (norm layers) are applied whole in the first one, 256 to a program.
-
-The tables hold addresses, which tensors have none of while torch.compile traces: on a GPU the op is one opaque node of
-the graph (`apply_damped_inverse_by_kernels`), and still three launches when the graph runs. No tensor is copied.
 """
 
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import triton_op
 
 from triton_curv_kernels.apply_inverse_config import (
     CONFIGS,
@@ -31,12 +28,14 @@ from triton_curv_kernels.apply_inverse_config import (
     prune,
 )
 from triton_curv_kernels.apply_inverse_kernels import finish_kernel, first_kernel, second_kernel
-from triton_curv_kernels.apply_inverse_work import work_of
+from triton_curv_kernels.apply_inverse_work import flat_work_of, work_of
 from triton_curv_kernels.backend import (
     UnsupportedInputError,
     device_limits,
+    is_traced,
     on_own_device,
     use_reference,
+    wrap_triton,
 )
 from triton_curv_kernels.choice import choose_once, tables_key
 
@@ -113,7 +112,10 @@ def launch_apply_damped_inverse(
     lr: Tensor | None = None,
     config: ApplyConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`apply_damped_inverse` by Triton, whatever the device: three launches."""
+    """`apply_damped_inverse` by Triton, whatever the device: three launches.
+
+    Tensors of a trace, which have no addresses, are copied into flat buffers first; then the launches are the same.
+    """
     _check(updates, grads, inverse_A, inverse_G, kl_clip, lr)
     lists = (updates, grads, inverse_A, inverse_G)
     if not supports(*lists):
@@ -128,33 +130,42 @@ def launch_apply_damped_inverse(
                 )
     some = grads[0]
     config = config or _chosen(grads, inverse_A)
-    work = work_of(*lists, config.BLOCK)
+    flat = is_traced(some)
+    work = (flat_work_of if flat else work_of)(*lists, config.BLOCK)
+    bases = [torch.cat([t.reshape(-1) for t in ts]) for ts in lists] if flat else [tensors[0] for tensors in lists]
+
     transposed = torch.empty(work.workspace, dtype=some.dtype, device=some.device)
     sums = torch.empty((len(work.layer_of), 2), dtype=torch.float32, device=some.device)
     products, squares = (torch.empty(len(grads), dtype=torch.float32, device=some.device) for _ in range(2))
     clip = torch.ones((), dtype=torch.float32, device=some.device)
     tiling = {
+        "FLAT": flat,
         "BLOCK": config.BLOCK,
         "BLOCK_K": config.BLOCK_K,
         "PRECISION": config.input_precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    update, grad, of_a, of_g = (tensors[0] for tensors in lists)
+    update, grad, of_a, of_g = bases
     if len(work.first) > 0:
-        first_kernel[(len(work.first),)](
+        wrap_triton(first_kernel)[(len(work.first),)](
             work.matrices, work.first, update, grad, of_a, of_g, transposed, sums, **tiling
         )
     if len(work.second) > 0:
-        second_kernel[(len(work.second),)](work.matrices, work.second, update, grad, of_g, transposed, sums, **tiling)
+        wrap_triton(second_kernel)[(len(work.second),)](
+            work.matrices, work.second, update, grad, of_g, transposed, sums, **tiling
+        )
     has_clip = kl_clip is not None
-    finish_kernel[(len(grads) + 1,)](
+    wrap_triton(finish_kernel)[(len(grads) + 1,)](
         *(work.layers, work.layer_of, sums),
         *((kl_clip, lr) if has_clip else (clip, clip)),
         *(len(work.layer_of), 0 if not has_clip or lr.dim() == 0 else lr.stride(0)),
         *(products, squares, clip),
         BLOCK=1024,
     )
+    if flat:
+        pieces = update.split([u.numel() for u in updates])
+        torch._foreach_copy_(updates, [piece.view(u.shape) for piece, u in zip(pieces, updates, strict=True)])
     return products, squares, clip
 
 
@@ -204,37 +215,6 @@ def _check(
             )
 
 
-# its tables stay in memory between calls, which the private memory pools of inductor's CUDA graphs do not allow
-@custom_op("triton_curv::apply_damped_inverse_by_kernels", mutates_args={"updates"}, tags=(torch.Tag.cudagraph_unsafe,))
-def _by_kernels_op(
-    updates: list[Tensor],
-    grads: list[Tensor],
-    inverse_A: list[Tensor],
-    inverse_G: list[Tensor],
-    kl_clip: Tensor | None,
-    lr: Tensor | None,
-    config: list[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    parsed = None if config is None else ApplyConfig.from_ints(config)
-    return launch_apply_damped_inverse(updates, grads, inverse_A, inverse_G, kl_clip, lr, parsed)
-
-
-@_by_kernels_op.register_fake
-def _shapes_of_results(
-    updates: list[Tensor],
-    grads: list[Tensor],
-    inverse_A: list[Tensor],
-    inverse_G: list[Tensor],
-    kl_clip: Tensor | None,
-    lr: Tensor | None,
-    config: list[int] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    products, squares, clip = (
-        grads[0].new_empty(shape, dtype=torch.float32) for shape in ((len(grads),), (len(grads),), ())
-    )
-    return products, squares, clip
-
-
 @triton_op("triton_curv::apply_damped_inverse", mutates_args={"updates"})
 def _apply_damped_inverse_op(
     updates: list[Tensor],
@@ -250,8 +230,7 @@ def _apply_damped_inverse_op(
     if use_reference(grads[0]) or not supports(updates, grads, inverse_A, inverse_G):
         _check(*arguments)
         return apply_damped_inverse_reference(*arguments)
-    _check(*arguments)
-    return torch.ops.triton_curv.apply_damped_inverse_by_kernels(*arguments, config)
+    return launch_apply_damped_inverse(*arguments, None if config is None else ApplyConfig.from_ints(config))
 
 
 def apply_damped_inverse(

@@ -20,9 +20,10 @@ _BLOCK_SMALL = tl.constexpr(_SMALL_BLOCK)
 
 
 @triton.jit
-def _at(some, matrix, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of the table, as a pointer of the type of `some`."""
-    pointer = tl.load(matrix + COLUMN).to(tl.pointer_type(some.dtype.element_ty))
+def _at(base, matrix, COLUMN: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer that an entry of the table stands for: an element of `base`, or an address of its dtype."""
+    where = tl.load(matrix + COLUMN)
+    pointer = base + where if FLAT else where.to(tl.pointer_type(base.dtype.element_ty))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -78,14 +79,14 @@ def _multiply(
 
 
 @triton.jit
-def _apply_small(matrix, updates, grads, inverse_G, first, count, sums, place):
+def _apply_small(matrix, updates, grads, inverse_G, first, count, sums, place, FLAT: tl.constexpr):
     """P = F^-1 D of `count` small matrices, one to a lane."""
     lane = tl.arange(0, _BLOCK_SMALL)
     b = first + lane
     mask = lane < count
-    grad = _at(grads, matrix, 0, 0) + b * tl.load(matrix + 13)
-    inverse = _at(inverse_G, matrix, 2, 0) + b * tl.load(matrix + 14)
-    update = _at(updates, matrix, 3, 0) + b * tl.load(matrix + 15)
+    grad = _at(grads, matrix, 0, FLAT, 0) + b * tl.load(matrix + 13)
+    inverse = _at(inverse_G, matrix, 2, FLAT, 0) + b * tl.load(matrix + 14)
+    update = _at(updates, matrix, 3, FLAT, 0) + b * tl.load(matrix + 15)
     rows, columns = tl.load(matrix + 5).to(tl.int32), tl.load(matrix + 6).to(tl.int32)
     stride_d, stride_g, stride_p = tl.load(matrix + 7), tl.load(matrix + 9), tl.load(matrix + 10)
     product = tl.zeros((_BLOCK_SMALL,), dtype=tl.float32)
@@ -122,14 +123,15 @@ def _transform_tile(
     transposed,
     i,
     j,
+    FLAT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(A^-1 D^T)[i:, j:]."""
-    left = _at(inverse_A, matrix, 1, ALIGNED)
-    right = _at(grads, matrix, 0, ALIGNED)
+    left = _at(inverse_A, matrix, 1, FLAT, ALIGNED)
+    right = _at(grads, matrix, 0, FLAT, ALIGNED)
     rows, columns = tl.load(matrix + 5), tl.load(matrix + 6)
     acc = _multiply(left, right, matrix, i, j, columns, rows, 6, 8, 7, ALIGNED, BLOCK, BLOCK_K, PRECISION)
     _store_transposed(matrix, transposed, acc, i, j, ALIGNED, BLOCK)
@@ -140,7 +142,7 @@ def first_kernel(
     # tables
     matrices,
     programs,
-    # a tensor of each list, for their dtype, and workspaces
+    # tensors, or what stands for them
     updates,
     grads,
     inverse_A,
@@ -148,6 +150,7 @@ def first_kernel(
     transposed,
     sums,
     # configuration
+    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -160,19 +163,19 @@ def first_kernel(
     j = tl.load(program + 2)
     kind = tl.load(matrix + 12)
     if kind == _SMALL:
-        _apply_small(matrix, updates, grads, inverse_G, i, j, sums, tl.load(program + 3))
+        _apply_small(matrix, updates, grads, inverse_G, i, j, sums, tl.load(program + 3), FLAT)
     elif kind == _PAIR:
         if tl.load(matrix + 11) != 0:
-            _transform_tile(matrix, grads, inverse_A, transposed, i, j, VECTOR, BLOCK, BLOCK_K, PRECISION)
+            _transform_tile(matrix, grads, inverse_A, transposed, i, j, FLAT, VECTOR, BLOCK, BLOCK_K, PRECISION)
         else:
-            _transform_tile(matrix, grads, inverse_A, transposed, i, j, 0, BLOCK, BLOCK_K, PRECISION)
+            _transform_tile(matrix, grads, inverse_A, transposed, i, j, FLAT, 0, BLOCK, BLOCK_K, PRECISION)
     else:
         rows, columns, stride_d = tl.load(matrix + 5), tl.load(matrix + 6), tl.load(matrix + 7)
         offs_i = i + tl.arange(0, BLOCK)
         offs_j = j + tl.arange(0, BLOCK)
         in_grad = offs_j[:, None] * stride_d + offs_i[None, :]
         mask = (offs_j[:, None] < rows) & (offs_i[None, :] < columns)
-        tile = tl.load(_at(grads, matrix, 0, 0) + in_grad, mask=mask, other=0.0)
+        tile = tl.load(_at(grads, matrix, 0, FLAT, 0) + in_grad, mask=mask, other=0.0)
         _store_transposed(matrix, transposed, tl.trans(tile), i, j, 0, BLOCK)
 
 
@@ -187,13 +190,14 @@ def _update_tile(
     place,
     i,
     j,
+    FLAT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """P[i:, j:] = (G^-1 T)[i:, j:] and the sums of this tile."""
-    left = _at(inverse_G, matrix, 2, ALIGNED)
+    left = _at(inverse_G, matrix, 2, FLAT, ALIGNED)
     right = transposed + tl.multiple_of(tl.load(matrix + 4), 16)
     rows, columns = tl.load(matrix + 5), tl.load(matrix + 6)
     acc = _multiply(left, right, matrix, i, j, rows, columns, 5, 9, 5, ALIGNED, BLOCK, BLOCK_K, PRECISION)
@@ -202,8 +206,8 @@ def _update_tile(
     mask = (offs_i[:, None] < rows) & (offs_j[None, :] < _size(matrix, 6, ALIGNED))
     in_grad = offs_i[:, None] * _size(matrix, 7, ALIGNED) + offs_j[None, :]
     in_update = offs_i[:, None] * _size(matrix, 10, ALIGNED) + offs_j[None, :]
-    d = tl.load(_at(grads, matrix, 0, ALIGNED) + in_grad, mask=mask, other=0.0).to(tl.float32)
-    tl.store(_at(updates, matrix, 3, ALIGNED) + in_update, acc.to(updates.dtype.element_ty), mask=mask)
+    d = tl.load(_at(grads, matrix, 0, FLAT, ALIGNED) + in_grad, mask=mask, other=0.0).to(tl.float32)
+    tl.store(_at(updates, matrix, 3, FLAT, ALIGNED) + in_update, acc.to(updates.dtype.element_ty), mask=mask)
     # one sum over the flat tile: Triton 3.7 fails to compile two, one after another, of a bf16 product for sm_100
     tl.store(sums + place * 2, tl.sum(acc * d))
     tl.store(sums + place * 2 + 1, tl.sum(acc * acc))
@@ -214,13 +218,14 @@ def second_kernel(
     # tables
     matrices,
     programs,
-    # a tensor of each list, for their dtype, and workspaces
+    # tensors, or what stands for them
     updates,
     grads,
     inverse_G,
     transposed,
     sums,
     # configuration
+    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -234,9 +239,9 @@ def second_kernel(
     place = tl.load(program + 3)
     tensors = (updates, grads, inverse_G, transposed, sums)
     if tl.load(matrix + 11) != 0:
-        _update_tile(matrix, *tensors, place, i, j, VECTOR, BLOCK, BLOCK_K, PRECISION)
+        _update_tile(matrix, *tensors, place, i, j, FLAT, VECTOR, BLOCK, BLOCK_K, PRECISION)
     else:
-        _update_tile(matrix, *tensors, place, i, j, 0, BLOCK, BLOCK_K, PRECISION)
+        _update_tile(matrix, *tensors, place, i, j, FLAT, 0, BLOCK, BLOCK_K, PRECISION)
 
 
 @triton.jit

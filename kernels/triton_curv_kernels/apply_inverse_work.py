@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from triton_curv_kernels.device_cache import DeviceCache, Table
@@ -23,12 +25,12 @@ SMALL_BLOCK = 256  # matrices that a program of the small ones handles
 class ApplyWork(NamedTuple):
     """Tables on the device and what the host must know of them.
 
-    `matrices` (matrices, 16), one for each matrix of a batch (one for a whole batch of small ones): addresses of D,
-    A^-1, G^-1 and P, place of T in the workspace, rows, columns, strides of the rows of D, A^-1, G^-1 and P, whether
-    all rows begin at multiples of 16 bytes, the kind, and strides of the batches of D, G^-1 and P. `first`, `second`
-    (programs, 4): matrix, first row and column of the tile that each program of the two launches computes, longest
-    first, and the place of its sums; for small matrices the first one and how many. `layers` (layers + 1,): where each
-    layer's sums begin; `layer_of` (sums,): the layer of each sum.
+    `matrices` (matrices, 16), one for each matrix of a batch (one for a whole batch of small ones): where D, A^-1,
+    G^-1, P and T lie, rows, columns, strides of the rows of D, A^-1, G^-1 and P, whether all rows begin at multiples of
+    16 bytes, the kind, and strides of the batches of D, G^-1 and P. The first four are addresses, or (`flat`) elements
+    of a buffer for each list. `first`, `second` (programs, 4): matrix, first row and column of the tile that each
+    program of the two launches computes, longest first, and the place of its sums; for small matrices the first one and
+    how many. `layers` (layers + 1,): where each layer's sums begin; `layer_of` (sums,): the layer of each sum.
     """
 
     matrices: Tensor
@@ -40,7 +42,7 @@ class ApplyWork(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: its address; strides of its batch and of its rows, in elements."""
+    """Where a tensor lies: an address or an element of a buffer; strides of its batch and of its rows, in elements."""
 
     start: int
     step: int
@@ -69,7 +71,7 @@ def work_of(
     inverse_G: Sequence[Tensor],
     block: int,
 ) -> ApplyWork:
-    """The tables of these lists; kept until KEPT other lists have come."""
+    """Tables for tensors that have addresses; kept until KEPT other lists have come."""
     lists = (grads, inverse_A, inverse_G, updates)
     layers = tuple(
         Layer(tuple(tensors[0].shape), tensors[1].numel() == 0, tuple(map(_place_of, tensors)))
@@ -83,7 +85,35 @@ def work_of(
 
 @lru_cache(maxsize=KEPT)
 def _plan_of_addresses(layers: tuple[Layer, ...], itemsize: int, block: int) -> ApplyPlan:
-    return plan_apply(layers, itemsize, block)
+    return plan_apply(layers, 16 // itemsize, itemsize, 16, block)
+
+
+def flat_work_of(
+    updates: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    inverse_A: Sequence[Tensor],
+    inverse_G: Sequence[Tensor],
+    block: int,
+) -> ApplyWork:
+    """Tables for tensors of a trace, which have no addresses: they lie in four buffers, one after another."""
+    places = []
+    for tensors in (grads, inverse_A, inverse_G, updates):
+        starts = accumulate((t.numel() for t in tensors), initial=0)
+        shapes = ((*t.shape, 1, 1)[: max(2, t.dim())] for t in tensors)
+        places.append([Place(at, shape[-2] * shape[-1], shape[-1]) for at, shape in zip(starts, shapes, strict=False)])
+    layers = [
+        Layer(tuple(grad.shape), of_a.numel() == 0, tuple(where))
+        for grad, of_a, *where in zip(grads, inverse_A, *places, strict=True)
+    ]
+    vector, device = 16 // grads[0].itemsize, grads[0].device
+    plan = plan_apply(layers, vector, 1, vector, block)
+
+    def on_device(table: Table) -> Tensor:
+        """Made from lists: a trace on fake tensors can't copy arrays to a GPU."""
+        return torch.tensor(table.tolist(), dtype=torch.int64, device=device).view(table.shape)
+
+    matrices, first, second, sums_of, layer_of = map(on_device, plan.tables)
+    return ApplyWork(matrices, first, second, sums_of, layer_of, plan.workspace)
 
 
 def _place_of(tensor: Tensor) -> Place:
@@ -91,9 +121,8 @@ def _place_of(tensor: Tensor) -> Place:
     return Place(tensor.data_ptr(), step, tensor.stride(-2) if tensor.dim() > 1 else 0)
 
 
-def plan_apply(layers: Sequence[Layer], itemsize: int, block: int) -> ApplyPlan:
-    """Tables from places of elements of `itemsize` bytes, for tiles of `block` rows and columns."""
-    vector = 16 // itemsize
+def plan_apply(layers: Sequence[Layer], vector: int, unit: int, alignment: int, block: int) -> ApplyPlan:
+    """Tables from places: `vector` elements are 16 bytes; an element adds `unit` to a start, 16 bytes `alignment`."""
     matrices: list[list[int]] = []
     first: list[Table] = []
     second: list[Table] = []
@@ -104,8 +133,8 @@ def plan_apply(layers: Sequence[Layer], itemsize: int, block: int) -> ApplyPlan:
         kind = PAIR if not single else SMALL if max(r, c) <= SMALL_SIZE else SINGLE
         used = [place for index, place in enumerate(where) if not (single and index == 1)]
         for b in range(0 if batch * r * c == 0 else 1 if kind == SMALL else batch):
-            at = [start + b * step * itemsize for start, step, _ in where]
-            aligned = all((start + b * step * itemsize) % 16 == 0 == row % vector for start, step, row in used)
+            at = [start + b * step * unit for start, step, _ in where]
+            aligned = all((start + b * step * unit) % alignment == 0 == row % vector for start, step, row in used)
             aligned = aligned and r % vector == 0 == c % vector
             rows = [row for _, _, row in where]
             steps = [where[index].step for index in (0, 2, 3)]

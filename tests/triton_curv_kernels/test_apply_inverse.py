@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from triton_curv_kernels.apply_inverse import (
 from triton_curv_kernels.apply_inverse_work import KEPT, _kept, work_of
 from triton_curv_kernels.backend import VARIABLE, DeviceLimits, UnsupportedInputError
 
-ops = torch.ops.triton_curv
 SMALL = ApplyConfig(16, 16, 1, 1)
 HIP = DeviceLimits("hip", 304, 64 * 1024)
 # (batch, r, c) or (r, c) of layers with two factors, and with one (None: no A)
@@ -179,33 +177,6 @@ def test_variable_makes_the_op_launch_on_cpu(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(VARIABLE, "triton")
     monkeypatch.setattr(apply_inverse, "apply_damped_inverse_reference", None)
     check(apply_damped_inverse, layers(), config=SMALL)
-
-
-@pytest.mark.interpreter
-def test_compiled_graph_launches_on_the_tensors_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a graph of a GPU does: one node, whose launches read and write the caller's memory."""
-    monkeypatch.setenv(VARIABLE, "triton")
-    launched: list[list[int]] = []
-    launch = apply_inverse.launch_apply_damped_inverse
-
-    def recording(*lists: Any) -> Any:
-        launched.append([t.data_ptr() for ts in lists[1:4] for t in ts])
-        return launch(*lists)
-
-    monkeypatch.setattr(apply_inverse, "launch_apply_damped_inverse", recording)
-    monkeypatch.setattr(apply_inverse, "apply_damped_inverse_reference", None)
-    torch._dynamo.reset()
-    inputs = layers()
-    check(torch.compile(partial(apply_damped_inverse, config=SMALL), backend="aot_eager", fullgraph=True), inputs)
-    assert launched == [[t.data_ptr() for ts in inputs for t in ts]]
-
-
-@pytest.mark.interpreter
-def test_opcheck_of_the_node() -> None:
-    grads, of_a, of_g = ([t.clone() for t in ts[:3]] for ts in layers())
-    updates = [torch.zeros_like(d) for d in grads]
-    scalars = (torch.tensor(1e-3), torch.tensor(0.5), SMALL.to_ints())
-    torch.library.opcheck(ops.apply_damped_inverse_by_kernels, (updates, grads, of_a, of_g, *scalars))
 
 
 def test_lists_of_several_dtypes_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
