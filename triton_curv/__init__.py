@@ -1,6 +1,6 @@
 """Curvature optimizers for PyTorch that are worth their cost."""
 
-from triton_curv import augment, recipes, schedules
+from triton_curv import augment, nvtx, recipes, schedules
 from triton_curv.blocks import register_block
 from triton_curv.damping import ConstantDamping, DampingRule, LevenbergMarquardt, ScheduledDamping, WarmupDamping
 from triton_curv.errors import (
@@ -50,6 +50,7 @@ __all__ = [
     "PolynomialDecay",
     # rooms of their own
     "augment",
+    "nvtx",
     "recipes",
     "schedules",
     # errors and warnings
@@ -65,3 +66,5 @@ __all__ = [
     "TritonCurvError",
     "UnsupportedOpError",
 ]
+
+nvtx.enable_if_asked()

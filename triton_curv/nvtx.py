@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import nvtx
 import torch
@@ -86,8 +86,9 @@ def stage(name: Stage | Callable[..., Stage], payload: Payload | None = None) ->
 
     def mark(function: F) -> F:
         *owners, last = function.__qualname__.split(".")
-        _marked.append(Marked(function.__module__, tuple(owners), last, function, name, payload))
-        return function
+        marked = Marked(function.__module__, tuple(owners), last, function, name, payload)
+        _marked.append(marked)
+        return cast("F", _with_range(marked)) if _enabled else function
 
     return mark
 

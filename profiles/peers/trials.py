@@ -48,7 +48,7 @@ class Trials:
     folder: Path
 
     def run(self, peer: Peer, rate: float, seed: int, steps: int) -> list[Point]:
-        """Evaluated losses up to `steps`; fewer where the loss is no longer finite."""
+        """Evaluated losses up to `steps`; fewer where the loss is no longer finite, or curvature can't be inverted."""
         path = self.folder / f"{peer.name}.{self.task.name}.{rate:.3g}.{seed}.json"
         if path.exists():
             points: list[Point] = [(s, float(a), float(b)) for s, a, b in json.loads(path.read_text())["points"]]
@@ -63,7 +63,11 @@ class Trials:
 
         finite = evaluate()
         while finite and trainer.step_count < steps:
-            trainer.step(trainer.draw())
+            try:
+                trainer.step(trainer.draw())
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in its __all__
+                points.append((trainer.step_count, math.nan, math.nan))
+                break
             if trainer.step_count % self.task.evaluate_every == 0 or trainer.step_count == steps:
                 finite = evaluate()
         self.folder.mkdir(parents=True, exist_ok=True)

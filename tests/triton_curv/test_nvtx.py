@@ -138,7 +138,7 @@ def test_two_ranks_show_what_they_exchange(recorder: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    of_all = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    of_all = {ranges.VARIABLE: "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = recorded(recorder, ["-m", "tests.support.staged"], [{**of_all, "RANK": str(rank)} for rank in range(2)])
     # triangles of both A leave during backward, those of G at the fold, each followed by the wait for a share
     taken = f"{STATISTICS}reduce-scatter {4 * (10 + 15)}\n"
@@ -168,6 +168,22 @@ def test_off_means_the_functions_themselves() -> None:
     ranges.disable()
     assert not ranges.enabled()
     assert Example.step is before
+
+
+def test_a_stage_defined_while_ranges_are_on_has_one_until_they_are_off() -> None:
+    ranges.enable()
+    try:
+
+        class Late:
+            @ranges.stage("step")
+            def step(self) -> None:
+                pass
+
+        marked = ranges._marked.pop()  # it is no part of a module that `disable` could find
+        assert Late.step is not marked.function
+        assert Late.step.__wrapped__ is marked.function  # type: ignore[attr-defined]  # of functools.wraps
+    finally:
+        ranges.disable()
 
 
 def test_ranges_stay_out_of_compiled_graphs() -> None:

@@ -146,7 +146,8 @@ def test_the_command_profiles_a_scenario(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["profile", "reg-bos", "--steps", "20", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "roofs of this machine" in printed
-    assert "nsys profile --trace=cuda,nvtx" in printed
+    assert "nsys profile --trace=cuda,nvtx --output=stages triton-curv train reg-bos --optimizer kfac" in printed
+    assert 'ncu --set full --nvtx --nvtx-include "triton_curv@inverse/" triton-curv train reg-bos' in printed
     assert (out / "stages.png").read_bytes().startswith(b"\x89PNG")
     with (out / "stages.csv").open() as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from triton_curv.errors import ConfigurationError
-from triton_curv.nvtx import VARIABLE, Totals
+from triton_curv.nvtx import DOMAIN, VARIABLE, Totals
 from triton_curv.profiling.chart import draw_stages
 from triton_curv.profiling.nsys import read_export
 from triton_curv.profiling.roofs import Roofs, measure_roofs
@@ -74,17 +74,23 @@ def run_profile(
         console.print(f"roofs of this machine: {roofs.fp32 / 1e12:.3g} TFLOP/s fp32, {roofs.memory / 1e9:.3g} GB/s")
     console.print(f"{out}: {PICTURE}, {TABLE}", soft_wrap=True)
     if target is not None:
-        console.print(f"on a GPU machine: {nsys_command(target, arguments, optimizer, steps)}", soft_wrap=True)
+        timeline, kernels = gpu_commands(target, arguments, optimizer)
+        console.print(f"on a GPU machine: {timeline}", f"kernels of one stage: {kernels}", sep="\n", soft_wrap=True)
 
 
-def nsys_command(target: str, arguments: Sequence[str], optimizer: str, steps: int) -> str:
-    """The command that records the same under Nsight Systems, ready for --nsys."""
+def gpu_commands(target: str, arguments: Sequence[str], optimizer: str) -> tuple[str, str]:
+    """What records the same under Nsight Systems, ready for --nsys, and one stage's kernels under Nsight Compute.
+
+    A scenario is trained: both tools and torch.profiler want the same counters of the device for themselves.
+    """
     if target.endswith(".py"):
         program = " ".join(["python", target, *arguments])
     else:
-        program = f"triton-curv profile {target} --optimizer {optimizer} --steps {steps} --device cuda"
+        program = f"triton-curv train {target} --optimizer {optimizer} --device cuda"
     record = f"{VARIABLE}=1 nsys profile --trace=cuda,nvtx --output=stages {program}"
-    return f"{record} && nsys export --type=sqlite stages.nsys-rep && triton-curv profile --nsys stages.sqlite"
+    read = "nsys export --type=sqlite stages.nsys-rep && triton-curv profile --nsys stages.sqlite"
+    kernels = f'{VARIABLE}=1 ncu --set full --nvtx --nvtx-include "{DOMAIN}@inverse/" {program}'
+    return f"{record} && {read}", kernels
 
 
 def _table(rows: Sequence[StageRow], steps: int, title: str) -> Table:
