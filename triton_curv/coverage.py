@@ -104,7 +104,7 @@ def coverage_of(
                 note = f"none: {reasons[p]}"
                 rows.append(CoverageRow(names[p], tuple(p.shape), fallback, note))
                 continue
-            shapes = block.rule.factor_shapes
+            shapes, ranks = block.rule.factor_shapes, {factor: form.rank for factor, form in block.forms().items()}
             costs: dict[str, Any] = {}
             if block.name not in described:
                 described.add(block.name)
@@ -117,7 +117,12 @@ def coverage_of(
                     ),
                     "inverse_bytes": sum(t.numel() * t.element_size() for t in block.inverses.values()),
                     "bytes_sent": 0 if bytes_sent is None else bytes_sent[block.index],
-                    "solve_flops": sum(2 * s.batch * s.size**2 * across[name] for name, s in shapes.items()),
+                    "solve_flops": sum(
+                        2 * across[name] * (2 * ranks[name] * s.size if name in ranks else s.batch * s.size**2)
+                        for name, s in shapes.items()
+                    ),
                 }
-            rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", block.rule.approximation, **costs))
+            low = [f"{name}^-1 of rank {rank}" for name, rank in ranks.items()]
+            note = "; ".join([block.rule.approximation, *low])
+            rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", note, **costs))
     return Coverage(tuple(rows))

@@ -2,9 +2,15 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from triton_curv.inverse import RUNGS
+
+if TYPE_CHECKING:
+    from triton_curv.blocks import Block, FactorStore
 
 EVENTS: Mapping[str, str] = {
     "skipped_steps": "a step was skipped: gradients or their preconditioned form are not finite",
@@ -12,6 +18,24 @@ EVENTS: Mapping[str, str] = {
     "failed_inverses": "a factor could not be inverted: its previous inverse, more damping, or its diagonal serve",
     "rejected_steps": "a step was taken back: it raised the loss",
 }
+
+
+def health_of(
+    blocks: Mapping[str, "Block"], store: "FactorStore", events: Tensor, damping_gain: float
+) -> dict[str, dict[str, Any]]:
+    """What `KFAC.health` returns."""
+    report: dict[str, dict[str, Any]] = {}
+    for name, block in blocks.items():
+        rows = [store.rows(key) for key in block.keys.values()]
+        report[name] = {
+            "residual": max(float(store.residuals[r].max()) for r in rows),
+            "failures": max(int(store.failures[r].max()) for r in rows),
+            "rung": RUNGS[max(int(store.rungs[r].max()) for r in rows)],
+            "ranks": {factor: form.rank for factor, form in block.forms().items()},
+        }
+    counts = dict(zip(EVENTS, events.tolist(), strict=True))
+    report["optimizer"] = {**counts, "damping_gain": damping_gain}
+    return report
 
 
 class NumericalWarning(RuntimeWarning):

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_curv.hostcheck import known_true
 from triton_curv_kernels.damped_inverse import damped_inverse_
 
-InverseName = Literal["cholesky", "eigen", "neumann"]
+InverseName = Literal["auto", "cholesky", "low_rank", "eigen", "neumann"]
 
 MAX_RAISES = 3  # times the damping of a failing factor is multiplied by ten (DESIGN section 8)
 RUNGS = ("fresh", "previous", "diagonal", "identity")

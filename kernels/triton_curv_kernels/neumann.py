@@ -118,7 +118,10 @@ def neumann_update_reference(
     torch._foreach_add_(params, move)
     torch._foreach_sub_(exp_avgs, params)
     torch._foreach_mul_(exp_avgs, gamma)  # new v - new w
-    distance.copy_(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(exp_avgs))))
+    # a compiler fuses norms of single tensors with what makes these, and not the call for a list
+    traced = is_traced(*exp_avgs)
+    norms = [torch.linalg.vector_norm(t) for t in exp_avgs] if traced else torch._foreach_norm(exp_avgs)
+    distance.copy_(torch.linalg.vector_norm(torch.stack(norms)))
     torch._foreach_add_(exp_avgs, params)
 
 

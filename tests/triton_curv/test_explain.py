@@ -106,7 +106,7 @@ def rows_seen(optimizer: KFAC, name: str) -> float:
 
 def test_all_memory_is_what_building_the_optimizer_brings_to_life() -> None:
     def net() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(64, 100), nn.PReLU(), nn.Linear(100, 40))
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(64, 60), nn.PReLU(), nn.Linear(60, 40))
 
     told = explain(without_data(net()), "net", (2, 3, 4, 4))
     assert sum(told.memory().values()) == pytest.approx(held_by(KFAC, without_data(net())), rel=0.02)

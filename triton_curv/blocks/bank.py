@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from triton_curv.blocks import low_rank
 from triton_curv.blocks.inversion import invert_
+from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.blocks.store_cost import inversion_cost
@@ -53,7 +55,8 @@ class Bank:
 
     `averages` holds packed triangles (batch, n (n + 1) / 2); everything else is dense, (batch, n, n). With
     `spectra`, (batch, n), `inverses` holds eigenbases instead. `rows` is the bank's place in the vectors that hold one
-    number for each factor matrix of the store. Of `averages` this rank keeps the first `owned` only, of `inverses`
+    number for each factor matrix of the store. In a `wide` bank an inverse may lie as a `LowRank` form in the place of
+    the dense one. Of `averages` this rank keeps the first `owned` only, of `inverses`
     and `spectra` the first `served`; on one rank that is all.
     """
 
@@ -64,6 +67,7 @@ class Bank:
         owned: int,
         served: int,
         eigen: bool,
+        wide: bool,
         dtype: torch.dtype,
         device: torch.device,
         products: ProductQueue,
@@ -72,6 +76,7 @@ class Bank:
         self.size = size
         self.rows = rows
         self.owned = owned
+        self.wide = wide
         self._sums = torch.zeros((batch, size, size), dtype=dtype, device=device)
         self._products = products
         self.averages = torch.zeros((owned, packed_size(size)), dtype=dtype, device=device)
@@ -105,8 +110,11 @@ class FactorStore:
         device: torch.device,
         inverse: InverseName = "cholesky",
         held: Held | None = None,
+        tolerance: float | None = None,
     ) -> None:
         self.inverse: InverseName = inverse
+        self.tolerance = tolerance
+        self.forms = 0  # grows when a low-rank form may have changed
         self.held = held
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
@@ -114,18 +122,21 @@ class FactorStore:
         self.units = torch.zeros(1, dtype=dtype, device=device)  # not 0-dim: graphs lose what they write to float64
         self.units_known = False
         self.products = ProductQueue()
-        members: dict[tuple[int, bool], list[FactorKey]] = {}
+        members: dict[tuple[int, bool, bool], list[FactorKey]] = {}
         for block, factors in enumerate(shapes):
             turned = inverse == "eigen" and set(factors) == {"A", "G"} and all(s.blocks == 1 for s in factors.values())
             for name, shape in factors.items():
-                members.setdefault((shape.size, turned), []).append(FactorKey(block, name))
+                across = sum(other.size * other.blocks for key, other in factors.items() if key[0] != name[0])
+                wide = name in ("A", "G") and shape.batch == 1 and low_rank.pays(shape.size, across)
+                wide &= inverse != "neumann" and not turned
+                members.setdefault((shape.size, turned, wide), []).append(FactorKey(block, name))
         self.banks: list[Bank] = []
         self.keys: list[FactorKey] = []
         self._places: dict[FactorKey, tuple[Bank, slice]] = {}
         owner: list[int] = []
         is_input: list[bool] = []
         key_of_row: list[int] = []
-        for (size, turned), together in members.items():
+        for (size, turned, wide), together in members.items():
             start = len(owner)
             slices = []
             self.keys += together  # in one order on all ranks
@@ -138,7 +149,10 @@ class FactorStore:
                 key_of_row += [self.keys.index(key)] * batch
             places = [(self._held_last(key), place.stop) for key, place in zip(keys, slices, strict=True)]
             owned, served = (max((stop for held, stop in places if held <= most), default=0) for most in (0, 1))
-            bank = Bank(size, slice(start, len(owner)), owned, served, turned, dtype, device, self.products)
+            bank = Bank(size, slice(start, len(owner)), owned, served, turned, wide, dtype, device, self.products)
+            if wide and tolerance is not None:
+                for place in bank.inverses:
+                    low_rank.write_(place, low_rank.LowRank(place[:0], place[0, :0], 1.0))
             self.banks.append(bank)
             self._places.update(zip(keys, ((bank, place) for place in slices), strict=True))
             orders = [(place, shapes[key.block][key.name].order) for key, place in zip(keys, slices, strict=True)]
@@ -215,6 +229,10 @@ class FactorStore:
         bank, place = self._places[key]
         return slice(bank.rows.start + place.start, bank.rows.start + place.stop)
 
+    def size(self, key: FactorKey) -> int:
+        """n of the factor's matrices."""
+        return self._places[key][0].size
+
     def view(self, kind: Literal["sums", "inverses", "spectra"], key: FactorKey) -> Tensor:
         """The part (batch, ...) of a bank's tensor that belongs to one factor; on "meta" where another rank has it."""
         bank, place = self._places[key]
@@ -235,6 +253,21 @@ class FactorStore:
     def has_spectra(self, key: FactorKey) -> bool:
         """Whether the factor has an eigenbasis in place of an inverse."""
         return self._places[key][0].spectra is not None
+
+    def form_of(self, key: FactorKey) -> LowRank | None:
+        """The low-rank form that stands for the factor's inverse, if one does."""
+        may_be = self.tolerance is not None and self._places[key][0].wide
+        return low_rank.read(self.view("inverses", key)[0]) if may_be else None
+
+    def stay_dense_(self) -> None:
+        """Dense inverses in the place of low-rank forms, from now on: for who can't look at their ranks."""
+        self.tolerance = None
+        self.forms += 1
+        for bank in self.banks:
+            for place in bank.inverses if bank.wide else ():
+                form = low_rank.read(place)
+                if form is not None:
+                    place.copy_(form.dense())
 
     def keep_recent(self) -> None:
         """From now on remember the averages of the last two folds, for rules that compare them."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.bank import USES, FactorKey, FactorStore
+from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.moments import Moments
-from triton_curv.blocks.operator import Operator, solve
+from triton_curv.blocks.operator import Forms, Operator, solve
 from triton_curv.blocks.products import waits_for_others
 from triton_curv.blocks.rule import MaskedSource, Rule, Source
 from triton_curv.errors import ConfigurationError, NoStatisticsError
@@ -49,12 +50,25 @@ class Block:
         self._averages = averages
         self._ensure_inverse = ensure_inverse
         shapes = rule.factor_shapes
-        self.operator = Operator(
+        self.dense_operator = Operator(
             left=tuple(inverse for factor, inverse in self.inverses.items() if factor[0] != "A"),
             right=tuple(inverse for factor, inverse in self.inverses.items() if factor[0] == "A"),
             gains=self.gains,
             whole=all(name in ("A", "G", "F") and shape.blocks == 1 for name, shape in shapes.items()),
         )
+
+    def forms(self) -> dict[str, LowRank]:
+        """Low-rank forms that stand for the inverses of factors, where there are some."""
+        found = {name: self.store.form_of(key) for name, key in self.keys.items()}
+        return {name: form for name, form in found.items() if form is not None}
+
+    @property
+    def operator(self) -> Operator:
+        """What stands for the damped inverse now."""
+        forms = self.forms()
+        if not forms:
+            return self.dense_operator
+        return self.dense_operator._replace(whole=False, forms=Forms(forms.get("G"), forms.get("A")))
 
     @torch.no_grad()
     def accumulate_(

@@ -32,9 +32,9 @@ class Mean(NamedTuple):
         usable = (self.positions > 0) & self.positions.isfinite() & self.signal.sum().isfinite()
         return torch.where(usable, 1 / self.positions, 0.0)
 
-    def outer(self) -> Tensor:
-        """b b^T, (groups, d_out, d_out); 0 where b is not finite."""
-        signal = torch.where(self.signal.sum().isfinite(), self.signal, 0.0)
+    def outer(self, size: int) -> Tensor:
+        """b b^T, (groups, d_out, d_out), or its diagonal blocks of a size; 0 where b is not finite."""
+        signal = torch.where(self.signal.sum().isfinite(), self.signal, 0.0).reshape(-1, size)
         return signal[:, :, None] * signal[:, None, :]
 
 
@@ -76,4 +76,4 @@ def centre_(store: FactorStore, means: Mapping[FactorKey, Mean], before: Tensor,
         rows = store.rows(key)
         folds = store.folds[rows]
         weight = torch.where(folds > before[rows], (1 - decay) / (1 - decay**folds), 0.0) * mean.weight()
-        store.packed(key).view(len(folds), -1).sub_(pack(mean.outer()).mul_(weight[:, None]))
+        store.packed(key).view(len(folds), -1).sub_(pack(mean.outer(store.size(key))).mul_(weight[:, None]))

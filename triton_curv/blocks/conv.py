@@ -14,6 +14,8 @@ from triton_curv.costs import NOTHING, Cost, factor_cost, triangle
 from triton_curv.nvtx import stage
 from triton_curv_kernels import accumulate_patch_factor_
 
+ROWS_A_COLUMN = 4  # patches that A is taken from, for each of its coordinates
+
 
 def patch_cost(total: Tensor, inputs: Tensor, rows: int) -> Cost:
     """Of A += patches^T patches, (groups, n, n), without patches in memory: inputs read, A read and written."""
@@ -36,8 +38,9 @@ class ConvRule:
     Source: KFC, arXiv 1602.01407; normalisation as in arXiv 2002.06015 section 3 (1/T on A).
     """
 
-    def __init__(self, module: _ConvNd, params: Mapping[str, Parameter]) -> None:
+    def __init__(self, module: _ConvNd, params: Mapping[str, Parameter], conv_samples: int = 0) -> None:
         self.module = module
+        self.conv_samples = conv_samples
         self.params = params
         self.has_bias = "bias" in params
         self.fan_in = math.prod(module.weight.shape[1:])
@@ -58,12 +61,21 @@ class ConvRule:
         """A += patches^T patches, without patches, and G += g^T g over all samples and positions."""
         if inputs.dim() == len(self.module.kernel_size) + 1:
             inputs, grad_output = inputs[None], grad_output[None]
-        self._accumulate_patches_(sums["A"], inputs, grad_output[:, 0].numel())
+        rows = grad_output[:, 0].numel()
+        samples = self._samples_taken(inputs.shape[0], rows)
+        scale = inputs.shape[0] / samples if samples else 1.0
+        self._accumulate_patches_(sums["A"], inputs[:samples], rows, scale)
         return Uses(samples=inputs.shape[0], rows=self._accumulate_signal_(sums["G"], grad_output))
 
-    @stage("factor A", payload=lambda rule, total, inputs, rows: patch_cost(total, inputs, rows))
-    def _accumulate_patches_(self, total: Tensor, inputs: Tensor, rows: int) -> None:
-        """A += patches^T patches, of which there are `rows` for each group."""
+    def _samples_taken(self, samples: int, rows: int) -> int:
+        """How many samples of a batch, `rows` patches in all, A is taken from: see `LayerOptions.conv_samples`."""
+        if not self.conv_samples or not rows:
+            return samples
+        return min(samples, max(self.conv_samples, -(-ROWS_A_COLUMN * self.matrix_shape[2] * samples // rows)))
+
+    @stage("factor A", payload=lambda rule, total, inputs, rows, scale: patch_cost(total, inputs, round(rows / scale)))
+    def _accumulate_patches_(self, total: Tensor, inputs: Tensor, rows: int, scale: float) -> None:
+        """A += scale patches^T patches; all samples together have `rows` of them for each group."""
         conv = self.module
         accumulate_patch_factor_(
             total,
@@ -74,6 +86,7 @@ class ConvRule:
             conv.dilation,
             conv.groups,
             ones=self.has_bias,
+            alpha=scale,
             padding_mode=conv.padding_mode,
         )
 

@@ -53,6 +53,6 @@ class ConvRowsRule(ConvRule):
 
 def conv_rule(module: _ConvNd, params: Mapping[str, Parameter], options: LayerOptions) -> Rule:
     """The rule of `torch.nn.Conv1d/2d/3d`: `ConvRule` where that is enough."""
-    rule = ConvRule(module, params)
+    rule = ConvRule(module, params, options.conv_samples)
     large = max(rule.matrix_shape[1:]) > options.max_factor_dim
     return ConvRowsRule(module, params, options) if large or options.weight_sharing == "reduce" else rule

@@ -25,7 +25,9 @@ class DenseRule(RowsSource):
         self.has_bias = "bias" in params
         self.fan_out, self.fan_in = self.widths(params["weight"])
         columns, limit = self.fan_in + self.has_bias, self.options.max_factor_dim
-        self.input_side, self.output_side = Side.of("A", columns, limit), Side.of("G", self.fan_out, limit)
+        wide = self.fan_out > self.options.max_output_dim
+        self.input_side = Side.of("A", columns, limit)
+        self.output_side = Side.of("G", self.fan_out, limit, diagonal=wide)
         self.factor_shapes = {**self.input_side.shapes, **self.output_side.shapes}
         self.matrix_shape = (1, self.fan_out, columns)
         exact = "Kronecker; exact for one datum and for deep linear nets"

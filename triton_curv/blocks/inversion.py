@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from triton_curv.blocks.low_rank import read, truncate, write_
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import (
     Inversion,
@@ -36,11 +37,35 @@ def invert_(store: FactorStore, pieces: Iterable[Piece]) -> None:
             _decompose_(store, bank, place)
         elif store.inverse == "neumann" and bank.size > 2:
             together.append((bank, place))
+        elif bank.wide and store.tolerance is not None:
+            for row in range(place.start, place.stop):
+                _truncate_(store, bank, slice(row, row + 1), store.tolerance)
         else:
-            damped = damp_(unpack(bank.averages[place], bank.size), _shifts(store, bank, place))
-            _take_(store, bank, place, damped, damped_inverse(damped))
+            _invert_densely_(store, bank, place, unpack(bank.averages[place], bank.size))
     for some in _portions(together):
         _iterate_(store, some)
+
+
+def _invert_densely_(store: FactorStore, bank: Bank, place: slice, matrices: Tensor) -> None:
+    """By Cholesky; `matrices` are the averages, and are damped in place."""
+    damped = damp_(matrices, _shifts(store, bank, place))
+    _take_(store, bank, place, damped, damped_inverse(damped))
+
+
+def _truncate_(store: FactorStore, bank: Bank, place: slice, tolerance: float) -> None:
+    """A low-rank form of one inverse. Once that was not near enough the factor's inverses stay dense."""
+    matrices, current = unpack(bank.averages[place], bank.size), bank.inverses[place][0]
+    last, found = read(current), None
+    if last is not None:
+        start = last.basis if last.rank else None
+        found = truncate(matrices[0], float(_shifts(store, bank, place)), start, tolerance)
+    store.forms += 1
+    if found is None:
+        _invert_densely_(store, bank, place, matrices)
+        return
+    write_(current, found.form)
+    fine = torch.ones_like(store.failures[_rows(bank, place)], dtype=torch.bool)
+    _note(store, _rows(bank, place), fine, fine * found.error)
 
 
 def _rows(bank: Bank, place: slice) -> slice:

@@ -6,30 +6,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_curv.blocks.low_rank import LowRank, times_left_
+from triton_curv.blocks.low_rank import times_right as times_low_rank
 from triton_curv.blocks.side import times_left, times_right
 from triton_curv.costs import Cost
 from triton_curv_kernels import apply_damped_inverse
 from triton_curv_kernels.backend import use_reference
 
 
+class Forms(NamedTuple):
+    """Low-rank forms that stand for the damped inverse of G, of A; None where the dense one is used."""
+
+    left: LowRank | None
+    right: LowRank | None
+
+
 class Operator(NamedTuple):
     """Damped inverses of G, or of the only factor, in `left`, those of A in `right`: each (batch, n, n).
 
     `whole`: one of each at most, not several diagonal blocks. With `gains`, (batch, rows, columns), both are
-    eigenbases instead, and gains are 1 / (eigenvalues + lambda).
+    eigenbases instead, and gains are 1 / (eigenvalues + lambda). With `forms`, what lies in `left` or `right` of the
+    factor is not its inverse.
     """
 
     left: Sequence[Tensor]
     right: Sequence[Tensor]
     gains: Tensor | None
     whole: bool
+    forms: Forms | None = None
 
 
 def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
     """Of `solve`: each factor times what it faces; factors and D read, P written."""
     batch, rows, columns = matrix.shape
     flops = moved = 0
-    for factors, across in ((operator.left, columns), (operator.right, rows)):
+    forms = operator.forms or Forms(None, None)
+    for factors, form, across in ((operator.left, forms.left, columns), (operator.right, forms.right, rows)):
+        if form is not None:
+            flops += 4 * form.basis.numel() * across
+            moved += form.basis.numel()
+            continue
         for factor in factors:
             flops += 2 * factor.numel() * across
             moved += factor.numel()
@@ -40,7 +56,7 @@ def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
 
 def solved(operator: Operator, matrix: Tensor) -> Tensor:
     """G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T, (batch, rows, columns)."""
-    left, right, gains, whole = operator
+    left, right, gains, whole, _ = operator
     if not whole:
         return times_right(times_left(left, matrix), right)
     of_G, of_A = left[0], right[0] if right else None
@@ -59,7 +75,16 @@ def solved(operator: Operator, matrix: Tensor) -> Tensor:
 
 def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
     """out = `solved(operator, matrix)`."""
-    left, right, gains, whole = operator
+    left, right, gains, whole, forms = operator
+    if forms is not None:
+        of_rows = matrix if forms.left is not None else times_left(left, matrix)
+        if forms.right is not None:
+            times_low_rank(of_rows[0], forms.right, out[0])
+        else:
+            out.copy_(times_right(of_rows, right))
+        if forms.left is not None:
+            times_left_(forms.left, out[0])
+        return
     if not whole:
         out.copy_(times_right(times_left(left, matrix), right))
         return

@@ -11,18 +11,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 import triton_curv as tc
 from triton_curv.cli import BAD_INPUT
 from triton_curv.training.environment import hardware, versions
-from triton_curv_kernels.backend import VARIABLE, BackendError, use_reference
+from triton_curv.training.step_bench import APART
+from triton_curv_autotune.entry import Measurement, new_entry, provenance_now
+from triton_curv_autotune.key import environment
+from triton_curv_autotune.registry import get_op
+from triton_curv_autotune.store import Store, default_store
+from triton_curv_kernels.backend import NO_DEVICE, VARIABLE, BackendError, use_reference
+from triton_curv_kernels.choice import ListProblem
 
 TIMEOUT = 120
+HOST_OPS = frozenset({"begin_step_"})
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,16 @@ def run_doctor(as_json: bool) -> int:
 
 
 def ops() -> dict[str, str]:
-    """For each registered op, "reference" or "triton": what a call on the default device takes."""
+    """For each registered op, what a call with fp32 tensors on the default device takes.
+
+    "reference", "triton", or "host" for what a graph asks the optimizer's host code to do.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         taken = "reference" if use_reference(torch.empty(0, device=device)) else "triton"
     except BackendError as error:
         taken = str(error)
-    return dict.fromkeys(sorted(_op_names()), taken)
+    return {name: "host" if name in HOST_OPS else taken for name in sorted(_op_names())}
 
 
 def _op_names() -> Iterator[str]:
@@ -78,26 +88,56 @@ def _guarded(name: str, check: Callable[[], str], advice: str) -> Check:
         return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", advice)
 
 
-def _train_once(model: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> tc.KFAC:
-    optimizer = tc.KFAC(model)
-    for _ in range(2):
-        forward(torch.randn(8, 4)).square().mean().backward()
+def _trained(compiled: bool) -> tuple[tc.KFAC, list[torch.Tensor]]:
+    """K-FAC and the weights after two steps of it, model and step compiled or not."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        inputs = [torch.randn(8, 4) for _ in range(2)]
+    optimizer = tc.KFAC(model, compile=compiled)
+    forward = torch.compile(model, **{**APART, "fullgraph": True}) if compiled else model
+    for x in inputs:
+        forward(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return optimizer
+    return optimizer, [p.detach() for p in model.parameters()]
 
 
 def _check_capture() -> str:
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    blocks = _train_once(model, model).blocks
+    blocks = _trained(compiled=False)[0].blocks
     return f"{len(blocks)} blocks have factors: " + ", ".join(sorted(blocks["0"].factors()))
 
 
 def _check_compile() -> str:
-    torch.compiler.reset()
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    _train_once(model, torch.compile(model, fullgraph=True))
-    return "a model with taps compiles into one graph"
+    _, expected = _trained(compiled=False)
+    with fresh_cache():  # what was compiled before, by a compiler that may be gone, does not count
+        _, weights = _trained(compiled=True)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+    return "a model with taps and K-FAC's step compile, and train as they do eagerly"
+
+
+def _check_cuda_graph() -> str:
+    if not torch.cuda.is_available():
+        return "skipped: torch sees no GPU"
+    model = nn.Linear(4, 3, device="cuda")
+    optimizer = tc.KFAC(model, lr=torch.tensor(1e-2, device="cuda"))
+    x = torch.randn(8, 4, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=False)
+            model(x).square().mean().backward()
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    before = model.weight.detach().clone()
+    graph.replay()
+    if torch.equal(before, model.weight):
+        raise RuntimeError("a replayed step moved nothing")
+    return "a step of K-FAC is captured in a CUDA graph, and replayed"
 
 
 def _check_interpreter() -> str:
@@ -132,24 +172,46 @@ def _check_gpu_kernel() -> str:
     return f"a Triton kernel runs on {torch.cuda.get_device_name()} and is right"
 
 
-def _check_caches() -> str:
-    folders = {
-        "tuning": Path(os.environ.get("TRITON_CURV_CACHE_DIR") or platformdirs.user_cache_dir("triton_curv")),
-        "triton": Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"),
-    }
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    return ", ".join(f"{name} {folder}" for name, folder in folders.items())
+def _check_triton_cache() -> str:
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        pass
+    return f"compiled kernels are kept in {folder}"
+
+
+def _check_tuning_cache() -> str:
+    """An entry is written, read back, and damaged, in a folder of its own beside the user's."""
+    root = default_store().root
+    root.mkdir(parents=True, exist_ok=True)
+    op, bucket = get_op("momentum_update_"), ListProblem(1 << 20, torch.float32, NO_DEVICE)
+    of_device = environment(NO_DEVICE)
+    default = op.default(bucket)
+    entry = new_entry(op, of_device, bucket).with_measurements([Measurement(default, 1.0, 1.0)], provenance_now())
+    with tempfile.TemporaryDirectory(dir=root, prefix=".doctor-") as folder:
+        store = Store(Path(folder))
+        store.write(entry)
+        if [found.config for found in store.entries(of_device)] != [default]:
+            raise RuntimeError("an entry that was written is not read back")
+        for path in Path(folder).rglob("*.json"):
+            path.write_bytes(path.read_bytes()[:-20])
+        if list(store.entries(of_device)):
+            raise RuntimeError("a damaged entry is taken for one that is whole")
+    return f"entries are written to and read from {root}; damaged ones are left out"
 
 
 CHECKS: tuple[tuple[str, Callable[[], str], str], ...] = (
-    ("capture", _check_capture, "report it with this output: K-FAC cannot work here"),
-    ("torch.compile", _check_compile, "install a C++ compiler (g++) for the CPU, or run without torch.compile"),
+    ("taps", _check_capture, "report it with this output: K-FAC cannot work here"),
+    (
+        "torch.compile",
+        _check_compile,
+        "install a C++ compiler (g++) or name one in CXX, or run without torch.compile",
+    ),
     ("triton on the GPU", _check_gpu_kernel, "install the triton that your torch was built with: pip install -U torch"),
+    ("CUDA graph", _check_cuda_graph, "run without CUDA graphs, and report it with this output"),
     ("triton interpreter", _check_interpreter, "pip install triton (Linux only); ops then take their references"),
-    ("caches writable", _check_caches, "set TRITON_CURV_CACHE_DIR and TRITON_CACHE_DIR to folders you may write to"),
+    ("triton's cache", _check_triton_cache, "set TRITON_CACHE_DIR to a folder you may write to"),
+    ("tuning cache", _check_tuning_cache, "set TRITON_CURV_CACHE_DIR to a folder you may write to"),
 )
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from triton_curv.errors import ConfigurationError
 from triton_curv.hostcheck import known_true
+from triton_curv.operators.recurrences import EAGER, Recurrences, Rules, Scalars
 from triton_curv.operators.vectors import Vectors, norm_2, norm_inf, zeros_like
-from triton_curv_kernels.cg import cg_direction_, cg_dot, cg_dots, cg_update_
+from triton_curv_kernels.cg import cg_dot
 
 NegativeCurvature = Literal["exit", "ignore"]
 ENDS = ("iteration limit", "converged", "negative curvature", "breakdown")
@@ -92,6 +93,7 @@ def cg(
     preconditioner: Callable[[Vectors], Vectors] | None = None,
     negative_curvature: NegativeCurvature = "exit",
     keep_history: bool = False,
+    recurrences: Recurrences = EAGER,
 ) -> CGResult:
     """`torch.linalg.solve(A, b)`, A symmetric positive definite and given by `product`, in at most `max_iter` products.
 
@@ -112,6 +114,7 @@ def cg(
         preconditioner: r -> M r, symmetric positive definite, close to A^-1.
         negative_curvature: "exit" or "ignore".
         keep_history: record the residual norms.
+        recurrences: what goes on between products, compiled or not.
 
     Source: Hestenes and Stiefel 1952; arXiv 2208.02017 Algorithm 1; the exit: Nocedal and Wright 2006, Algorithm 7.1.
 
@@ -123,44 +126,23 @@ def cg(
     size, rounding = norm(r), torch.finfo(b[0].dtype).eps
     wanted = torch.clamp(max(rule.rtol, rounding) * norm(b), min=rule.tol)
 
-    def goes_on(done: int) -> Tensor:
-        return size > (0 if done < rule.at_least else wanted)
-
     precondition = preconditioner or (lambda vectors: vectors)
     z = precondition(r)
     p = [t.clone() for t in z]
-    rz = cg_dot(r, z)
-    active = goes_on(0)
+    active = size > (0 if rule.at_least > 0 else wanted)
     end = torch.where(active, 0, torch.where(size.isfinite(), 1, 3))
-    steps, largest = torch.zeros_like(end), torch.zeros_like(size)
-    square = torch.zeros_like(size)
-    sizes = [size]
-
+    scalars = Scalars(cg_dot(r, z), size, torch.zeros_like(size), active, end, torch.zeros_like(end))
+    rules = Rules(negative_curvature == "exit", rule.norm == "inf", preconditioner is not None)
+    sizes, zero = [size], torch.zeros_like(wanted)
     for k in range(max_iter):
-        if known_true(~active):
+        if known_true(~scalars.active):
             break
-        Ap = product(p)
-        curvature, length = cg_dots(p, Ap)
-        largest = torch.maximum(largest, curvature / length)
-        sound = curvature.isfinite() & (rz > 0 if preconditioner else rz.isfinite())
-        curved = curvature > rounding * largest * length if negative_curvature == "exit" else curvature != 0
-        end = torch.where(active & ~curved, 2, end)
-        end = torch.where(active & ~sound, 3, end)
-        active = active & sound & curved
-        if known_true(~active):
-            break
-        cg_update_(x, r, p, Ap, torch.where(active, rz / curvature, 0.0), square)
-        steps = steps + active
-        size = square.sqrt() if rule.norm == "2" else norm_inf(r)
-        sizes.append(torch.where(active, size, torch.nan))
-        end = torch.where(active & ~goes_on(k + 1), torch.where(size.isfinite(), 1, 3), end)
-        active = active & goes_on(k + 1)
-        z = precondition(r)
-        rz_new = cg_dot(r, z) if preconditioner else square.clone()
-        cg_direction_(p, z, torch.where(active, rz_new / rz, 0.0))
-        rz = rz_new
+        limit = zero if k + 1 < rule.at_least else wanted
+        scalars, square = recurrences.update_(x, r, p, product(p), scalars, limit, rules)
+        sizes.append(scalars.size)
+        scalars = recurrences.turn_(p, precondition(r), r, scalars, square, rules)
     history = None
     if keep_history:
         history = size.new_full((max_iter + 1,), torch.nan)
         history[: len(sizes)] = torch.stack(sizes)
-    return CGResult(x, r, steps, end, history)
+    return CGResult(x, r, scalars.steps, scalars.end, history)

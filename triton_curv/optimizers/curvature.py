@@ -58,7 +58,8 @@ class Curvature:
                 if p.device != device:
                     raise ConfigurationError(f"expected all layers on {device}, got '{name}' on {p.device}")
         shapes = [dict(rule.factor_shapes) for rule in rules.values()]
-        self.store = FactorStore(shapes, dtype, device, options.inverse, exchange.held)
+        tolerance = options.tolerance_on(device, alone=exchange.held is None and regions.compiling is None)
+        self.store = FactorStore(shapes, dtype, device, options.inverse, exchange.held, tolerance)
         if options.adaptive is not None:
             self.store.keep_recent()
         self.parts = refresh_parts(self.store, options.refresh_budget)
@@ -120,7 +121,7 @@ class Curvature:
         counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
         for key, mean in means_of(blocks, gradients, counts, how, self.options.loss_scale).items():
             weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
-            factors[key.name].sub_(mean.outer() * weight[:, None, None])
+            factors[key.name].sub_(mean.outer(self.store.size(key)) * weight[:, None, None])
         return factors
 
     def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
@@ -340,6 +341,9 @@ class Curvature:
     def resume(self) -> None:
         """Derive what is not saved from what was loaded; pending statistics are gone."""
         self.store.forget()
+        self.store.forms += 1
+        if self.store.tolerance is None:  # the state may be of an optimizer that has low-rank forms
+            self.store.stay_dense_()
         self.sampled, self.draws = False, 0
         for block in self.blocks.values():
             if block.moments is not None:

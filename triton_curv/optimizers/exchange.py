@@ -11,7 +11,7 @@ from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Held, Normalisation
 from triton_curv.blocks.operator import Sums
 from triton_curv.capture import CaptureSwitch
-from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares
+from triton_curv.optimizers.matrices import Lists, MatrixGroup, momentum_squares, squared_norms
 
 
 class Exchange(Protocol):
@@ -143,7 +143,7 @@ class Alone:
     def norms(self, lists: Sequence[Lists], sums: Sequence[Sums | None]) -> list[Tensor]:
         """Of what is here."""
         return [
-            torch.stack(torch._foreach_norm(each.row_updates)) if known is None else known.squares.sqrt()
+            squared_norms(each.row_updates).sqrt() if known is None else known.squares.sqrt()
             for each, known in zip(lists, sums, strict=True)
         ]
 

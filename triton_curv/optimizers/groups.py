@@ -70,9 +70,10 @@ def check_options(options: LayerOptions, overrides: Sequence[Mapping[str, Any]])
     for each in (options, *(replace(options, **{k: o[k] for k in LAYER_OPTIONS if k in o}) for o in overrides)):
         choose("norm_fisher", each.norm_fisher, get_args(NormFisher))
         choose("weight_sharing", each.weight_sharing, get_args(WeightSharing))
-        if each.max_factor_dim < 1 or each.batch_dim < 0:
+        if min(each.max_factor_dim, each.max_output_dim) < 1 or min(each.conv_samples, each.batch_dim) < 0:
             raise ConfigurationError(
-                f"expected max_factor_dim >= 1 and batch_dim >= 0, got {each.max_factor_dim} and {each.batch_dim}"
+                "expected max_factor_dim >= 1, max_output_dim >= 1, conv_samples >= 0 and batch_dim >= 0, got "
+                f"{each.max_factor_dim}, {each.max_output_dim}, {each.conv_samples} and {each.batch_dim}"
             )
 
 

@@ -10,9 +10,9 @@ from triton_curv.blocks import LayerOptions, NormFisher, WeightSharing
 from triton_curv.coverage import Coverage, coverage_of
 from triton_curv.damping import ConstantDamping, DampingRule
 from triton_curv.errors import ConfigurationError
-from triton_curv.health import EVENTS
+from triton_curv.health import health_of
 from triton_curv.hostcheck import known_true
-from triton_curv.inverse import RUNGS, InverseName
+from triton_curv.inverse import InverseName
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.curvature import CLOCK, Curvature
@@ -24,7 +24,7 @@ from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
-from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register, require_gradients, require_traceable
+from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register, require_gradients, stay_traceable
 from triton_curv.optimizers.trial import Evaluate
 from triton_curv.optimizers.trials import Trials
 from triton_curv.schedules import GROWING, AdaptiveInterval, RefreshSchedule
@@ -64,8 +64,7 @@ class KFAC(Rebuilt):
             unless `damping` is given.
         fallback: "adamw" or "sgd", for parameters without a block, at `fallback_lr` (default: `lr`).
         groups: hyper-parameters by module pattern, [{"modules": "layer1.*", "lr": 0.1}, ...]; the first match wins.
-            Also norm_fisher, weight_sharing, max_factor_dim and batch_dim. A group's `damping` may be a multiple of
-            the others' (the paper's BN damping).
+            Also the fields of `LayerOptions`. A group's `damping` may be a multiple of the others' (the paper's BN).
 
     Args, how often and how curvature is inverted:
         factor_interval: steps between statistics, an `EpochInterval`, or an `AdaptiveInterval` for each statistic,
@@ -74,8 +73,11 @@ class KFAC(Rebuilt):
         inverse_interval: steps between renewals of the inverses, or a schedule; as above.
         refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all. Steps
             that take statistics stay longer; with factor_interval=1 all steps cost about the same.
-        inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A; or
-            "neumann", products alone, started from the last inverse (`damped_inverse_`).
+        inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A;
+            "neumann", products alone, started from the last inverse (`damped_inverse_`); "low_rank": of factors with
+            256 rows or more the directions that stand out, the others at their mean (`blocks.low_rank`), where that
+            needs no more than a third of them. "auto": "low_rank" on a CPU, on one rank, not compiled; else "cholesky".
+        inverse_tolerance: the largest relative error of a damped factor in a low-rank form.
         ekfac: with "eigen", scale by second moments of the per-sample gradients in the eigenbasis instead of s_G s_A
             (Linear and Conv layers). They are taken at capture, not from later mean gradients: those hold the square
             of the mean, which vanishes with the batch size, not the mean of squares. The step after a change of basis
@@ -85,6 +87,8 @@ class KFAC(Rebuilt):
         weight_sharing: "expand" or "reduce" (arXiv 2311.00636): whether positions of a sample (tokens, pixels) are rows
             of their own, or are averaged (inputs) and summed (gradients) first.
         max_factor_dim: factors with more rows are split into diagonal blocks or made diagonal; `explain()` says which.
+        max_output_dim: Linear layers with more outputs have a diagonal G.
+        conv_samples: convolutions take A from so many samples of a batch (more for many coordinates); 0: from all.
         batch_dim: the dimension of samples in inputs (samples, positions, features); 1 for (time, batch, features).
 
     Args, the size of the step:
@@ -142,11 +146,14 @@ class KFAC(Rebuilt):
         factor_interval: int | RefreshSchedule | AdaptiveInterval = GROWING,
         inverse_interval: int | RefreshSchedule = GROWING,
         refresh_budget: int | None = None,
-        inverse: InverseName = "cholesky",
+        inverse: InverseName = "auto",
+        inverse_tolerance: float = 1.0,
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
         weight_sharing: WeightSharing = "expand",
         max_factor_dim: int = 8192,
+        max_output_dim: int = 64,
+        conv_samples: int = 0,
         batch_dim: int = 0,
         reduction: Reduction = "mean",
         loss_scale: float = 1.0,
@@ -162,6 +169,7 @@ class KFAC(Rebuilt):
             centred=fisher == "empirical" and damping is None if centred is None else centred,
             fallback=fallback,
             inverse=inverse,
+            inverse_tolerance=inverse_tolerance,
             ekfac=ekfac,
             update_size=update_size,
             nesterov=update_size in ("matched", "rms") if nesterov is None else nesterov,
@@ -192,7 +200,7 @@ class KFAC(Rebuilt):
             "relative_damping": relative_damping,
             "maximize": maximize,
         }
-        layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, batch_dim)
+        layers = LayerOptions(norm_fisher, weight_sharing, max_factor_dim, max_output_dim, conv_samples, batch_dim)
         self._build(defaults, groups, lr if fallback_lr is None else fallback_lr, layers)
 
     def _build(
@@ -405,8 +413,8 @@ class KFAC(Rebuilt):
         """The step as a part of a graph: the regions of its plan; the host's share of it when the graph runs."""
         options, curvature, plan = self.options, self._curvature, self._plan
         measures = options.damping_rule.interval or options.adaptive
-        require_traceable(closure is None and evaluate is None and not measures, isinstance(self._exchange, Alone))
         store, rows = self._store, self._hyper.rows
+        stay_traceable(store, closure is None and evaluate is None and not measures, isinstance(self._exchange, Alone))
         self._exchange.gradients_(self._params)
         if plan.fold and options.fisher != "empirical":
             store.unstash()
@@ -477,20 +485,10 @@ class KFAC(Rebuilt):
         return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback, sent)
 
     def health(self) -> dict[str, dict[str, Any]]:
-        """Per block: residual of the last inverses, failed tries in a row, rung of the ladder.
+        """Per block: residual of the last inverses, failed tries in a row, rung of the ladder, ranks of low-rank forms.
 
         "optimizer": how often a step was skipped ("skipped_steps") or taken back ("rejected_steps"), statistics were
         dropped ("discarded_statistics") and inversions failed ("failed_inverses"); and the damping's multiplier.
         """
-        report: dict[str, dict[str, Any]] = {}
-        for name, block in self.blocks.items():
-            rows = [self._store.rows(key) for key in block.keys.values()]
-            report[name] = {
-                "residual": max(float(self._store.residuals[r].max()) for r in rows),
-                "failures": max(int(self._store.failures[r].max()) for r in rows),
-                "rung": RUNGS[max(int(self._store.rungs[r].max()) for r in rows)],
-            }
-        counts = dict(zip(EVENTS, self._curvature.events.tolist(), strict=True))
         gain = float(self._curvature.damping_gain) * self.options.damping_rule.factor(self._steps)
-        report["optimizer"] = {**counts, "damping_gain": gain}
-        return report
+        return health_of(self.blocks, self._store, self._curvature.events, gain)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from triton_curv.blocks.bank import FactorKey, FactorStore, Normalisation
@@ -30,7 +31,8 @@ class KFACOptions:
     fisher: FisherName = "empirical"
     centred: bool = True
     fallback: FallbackName = "adamw"
-    inverse: InverseName = "cholesky"
+    inverse: InverseName = "auto"
+    inverse_tolerance: float = 1.0
     ekfac: bool = False
     update_size: UpdateSize = "matched"
     nesterov: bool = True
@@ -62,6 +64,8 @@ class KFACOptions:
                 "expected factor_decay in [0, 1), kl_clip > 0 and loss_scale > 0, got "
                 f"{self.factor_decay=}, {self.kl_clip=}, {self.loss_scale=}"
             )
+        if not self.inverse_tolerance > 0:
+            raise ConfigurationError(f"expected inverse_tolerance > 0, got {self.inverse_tolerance}")
         if self.centred and self.fisher != "empirical":
             raise ConfigurationError(f"expected fisher='empirical' with centred=True, got {self.fisher!r}")
         if self.ekfac and self.inverse != "eigen":
@@ -71,6 +75,16 @@ class KFACOptions:
                 "expected no ekfac and no refresh_budget with an AdaptiveInterval, which renews each inverse with its "
                 f"statistic, got ekfac={self.ekfac}, refresh_budget={self.refresh_budget}"
             )
+
+    def tolerance_on(self, device: torch.device, alone: bool) -> float | None:
+        """What low-rank forms of inverses must keep; None for dense ones. `alone`: on one rank, and not compiled."""
+        if self.inverse == "low_rank" and not alone:
+            raise ConfigurationError(
+                "expected inverse='auto' or another one on several ranks and with compile, got 'low_rank': its ranks "
+                "are chosen on the host"
+            )
+        low = self.inverse == "low_rank" or (self.inverse == "auto" and alone and device.type == "cpu")
+        return self.inverse_tolerance if low else None
 
     @property
     def averages(self) -> bool:

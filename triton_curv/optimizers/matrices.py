@@ -59,6 +59,7 @@ class Lists(NamedTuple):
     row_index: Tensor  # the same, on the device
     block_indices: list[int]
     fans_out: list[int]
+    row_momenta: Sequence[Tensor] = ()  # where a block's lies in one piece
     stale: Sequence[Tensor] = ()  # whole buffers, in which other blocks have left what must not enter sums
 
 
@@ -92,7 +93,7 @@ def graph_row(row: Row) -> GraphRow:
     """A block as a graph takes it."""
     params, fans = [part.param for part in row.parts], [part.fan_out for part in row.parts]
     whole = len(params) == 1 and row.parts[0].grad.is_contiguous() and params[0].numel() == row.grad.numel()
-    return GraphRow(row.block.operator, row.momentum, row.block.rule, params, whole, row.block.index, fans)
+    return GraphRow(row.block.dense_operator, row.momentum, row.block.rule, params, whole, row.block.index, fans)
 
 
 def row_index(rows: Sequence[Row], device: torch.device) -> Tensor:
@@ -100,8 +101,18 @@ def row_index(rows: Sequence[Row], device: torch.device) -> Tensor:
     return torch.tensor([i for i, row in enumerate(rows) for _ in row.parts], dtype=torch.int64, device=device)
 
 
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """||x||^2 of each tensor, in one piece: (tensors,). BLAS on a CPU, where `vector_norm` takes ten times as long."""
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(list(tensors))).square()
+    flat = [tensor.view(-1) for tensor in tensors]
+    return torch.stack([torch.dot(x, x) for x in flat])
+
+
 def momentum_squares(lists: Lists) -> Tensor:
     """||m||^2 of what lies here of each block's momentum, (blocks,)."""
+    if lists.row_momenta:
+        return squared_norms(lists.row_momenta)
     squares = torch.stack(torch._foreach_norm(lists.momenta)).square()
     return torch.zeros_like(lists.root_sizes).index_add_(0, lists.row_index, squares)
 
@@ -127,12 +138,16 @@ class MatrixGroup:
             self.rows.append(Row(block, grad, update, momentum, parts))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
         self._cache: dict[tuple[bool, ...], Lists] = {}
+        self._forms = 0
         self.graph_rows = [graph_row(row) for row in self.rows]
         self.params = [part.param for row in self.rows for part in row.parts]
         self.root_sizes, self.fan_scales = root_sizes(self.rows, self.idle), fan_scales(self.rows, self.idle)
 
     def active(self) -> Lists:
         """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
+        if self.rows and self.rows[0].block.store.forms != self._forms:  # of the inverses that lists hold
+            self._cache.clear()
+            self._forms = self.rows[0].block.store.forms
         present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
         if present not in self._cache:
             rows = [self.rows[i] for i in self._active()]
@@ -183,4 +198,5 @@ class MatrixGroup:
             row_index=row_index(rows, self.idle.device),
             block_indices=[row.block.index for row in rows],
             fans_out=[part.fan_out for part in parts],
+            row_momenta=[row.momentum for row in rows],
         )

@@ -20,6 +20,7 @@ from triton_curv.operators.frozen import Closure, FrozenClosure
 from triton_curv.operators.ggn import GaussNewtonOperator
 from triton_curv.operators.hvp import HessianOperator
 from triton_curv.operators.loss import check_finite
+from triton_curv.operators.recurrences import EAGER, Recurrences
 from triton_curv.operators.vectors import Vectors, add_scaled, dot, working_dtype, zeros_like
 from triton_curv.optimizers.copies import Rebuilt
 from triton_curv.optimizers.kfac import KFAC
@@ -124,6 +125,7 @@ class MatrixFree(Rebuilt):
         groups: Sequence[Mapping[str, Any]],
         preconditioner: PreconditionerArgument,
         process_group: Where = "auto",
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         if not (isinstance(preconditioner, KFAC) or preconditioner in ("identity", "diagonal")):
             raise ConfigurationError(
@@ -133,6 +135,7 @@ class MatrixFree(Rebuilt):
         model = self._found.model
         self.model = model
         self.solves: list[Solve] = []
+        self._recurrences = Recurrences({} if compile is True else compile or None)
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._choice: Choice | None = None
         super().__init__(_param_groups(model, defaults, groups), defaults)
@@ -252,6 +255,7 @@ class MatrixFree(Rebuilt):
             preconditioner=preconditioner,
             negative_curvature=self._shared("negative_curvature"),
             keep_history=self._shared("keep_history"),
+            recurrences=self._recurrences,
         )
 
     @stage("update", payload=lambda optimizer, start, *_: update_cost(sum(p.numel() for p in start.params)))
@@ -262,7 +266,7 @@ class MatrixFree(Rebuilt):
         self._note_choice(start.operator.choice)
         start.operator.release()  # the weights that its graphs hold change now
         step = self._scaled(direction)
-        trial = Trial(start.weights.tensors, start.closure, loss_of, self._mean)
+        trial = Trial(start.weights.tensors, start.closure, loss_of, self._mean, self._recurrences)
         trial.move(step)
         return trial, step
 
@@ -324,13 +328,10 @@ class MatrixFree(Rebuilt):
 
     def _scaled(self, direction: Vectors) -> Vectors:
         """lr times the direction, group by group."""
-        scaled: Vectors = []
-        parts: Iterator[Tensor] = iter(direction)
-        for group in self.param_groups:
-            own = [next(parts) for p in group["params"] if p.requires_grad]
-            if own:
-                scaled += torch._foreach_mul(own, number(group["lr"]))
-        return scaled
+        trained = [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        rates = [self._recurrences.number(number(lr), d) for (_, lr), d in zip(trained, direction, strict=True)]
+        step: Vectors = self._recurrences.scaled(direction, rates)
+        return [part.view_as(d) for part, d in zip(step, direction, strict=True)]
 
     def explain(self) -> Explanation:
         """Which parameters are trained with what curvature and which product; printable."""
@@ -362,9 +363,15 @@ class Trial:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], closure: FrozenClosure, loss_of: Callable[[Any], Tensor], mean: RankMean
+        self,
+        params: Sequence[Tensor],
+        closure: FrozenClosure,
+        loss_of: Callable[[Any], Tensor],
+        mean: RankMean,
+        recurrences: Recurrences = EAGER,
     ) -> None:
         self._mean = mean
+        self._recurrences = recurrences
         self._params = list(params)
         self._weights = [p.detach().clone() for p in params]
         self._closure = closure
@@ -372,8 +379,8 @@ class Trial:
 
     def move(self, step: Vectors, scale: float = 1.0) -> None:
         """w = w_0 + scale step, in place."""
-        for p, weight, part in zip(self._params, self._weights, step, strict=True):
-            p.copy_(weight + scale * part)
+        at = self._recurrences.number(scale, self._weights[0])
+        self._recurrences.move_(self._params, self._weights, step, at)
 
     def loss(self) -> float:
         """The loss at the weights as they are."""

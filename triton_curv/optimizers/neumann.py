@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -127,6 +126,7 @@ class Neumann(Optimizer):
         self._shards: dist.ProcessGroup | None = None
         self._opt_called = True  # an LR scheduler built after torch.compile(opt.step) looks for it
         self._groups, self._plans, self._rows = list[GroupTensors](), list[Plan](), list[Tensor]()
+        self._written: list[list[float]] | None = None  # what `_rows` holds
         self._number = register(self)
         compiling = {} if compile is True else compile
         self._compiled = None if compiling is False else torch.compile(step_groups_, **{**REGION, **compiling})
@@ -136,7 +136,7 @@ class Neumann(Optimizer):
         super().__setstate__(state)
         self._last_hyper, self._compiled, self._number = {}, None, register(self)
         self._shards = self._find_shards()
-        self._groups, self._plans, self._rows = [], [], []
+        self._groups, self._plans, self._rows, self._written = [], [], [], None
         for group in self.param_groups:
             self._lay_out(group)
 
@@ -185,6 +185,7 @@ class Neumann(Optimizer):
             self._plans.append(Plan())
             wide = any(each.distance.dtype == torch.float64 for each in self._groups)
             dtype = torch.float64 if wide else torch.float32
+            self._written = None
             self._rows[:] = [torch.zeros(len(self._groups), len(SLOTS), dtype=dtype, device=distance.device)]
             self._plan()
 
@@ -230,9 +231,9 @@ class Neumann(Optimizer):
         if self._compiled is not None:
             self._refuse_shards()
             self._plan()  # somebody may have changed a group since
-            plans, rows = [replace(plan) for plan in self._plans], self._rows[0]
-            self.begin_step([rows], rows, self._with_gradients())
-            self._run(plans, rows)
+            self._write(self._rows[0], self._with_gradients())
+            self._run(self._plans, self._rows[0])
+            self._plan()
             return
         distances = [group["distance"] for group in groups]
         if len(groups) > 1:
@@ -272,14 +273,18 @@ class Neumann(Optimizer):
         """The host's share of a compiled step: write hyper-parameters, count the step, plan the next."""
         if self.evaluating:
             raise EvaluationModeError("expected train() before step(), got eval() mode: the parameters hold w - mu m")
+        self._write(written[0], with_gradients)
+        self._plan()
+
+    def _write(self, rows: Tensor, with_gradients: Sequence[int]) -> None:
+        """Count the step, and write its hyper-parameters."""
         values, variables = [], self._variables()
         for i, group in enumerate(g for g in self.param_groups if g["params"]):
             group["step"] += i in with_gradients
             mu = mu_at(group["step"] - group["warmup"], group["mu"], group["mu_steps"])
             of_update = [group["lr"], mu, group["alpha"], group["beta"] * variables, group["gamma"]]
             values.append([*of_update, group["weight_decay"]])
-        write_rows_(written[0], values)
-        self._plan()
+        self._written = write_rows_(rows, values, self._written)
 
     @stage("update", payload=lambda optimizer, group, *_: neumann_cost(group["params"]))
     def _step_group(self, group: dict[str, Any], distance: Tensor, variables: int) -> bool:

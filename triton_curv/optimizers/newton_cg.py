@@ -67,6 +67,8 @@ class NewtonCG(MatrixFree):
         data_parallel: on several ranks, "exact_products": gradients and products are means over ranks, one all-reduce
             for each product, so that a step is that of one process on all batches together. "average_updates": each
             rank solves for its own batch and the directions are averaged, one all-reduce for each step (the paper).
+        compile: True, or arguments for `torch.compile`: what lies between products, recurrences and the move of
+            weights, becomes a few graphs when it first runs. `product="compiled"` compiles products.
 
     A loss is a mean over the ranks' losses. If their batches differ in size, let each be (ranks / all samples) times
     its sum.
@@ -99,6 +101,7 @@ class NewtonCG(MatrixFree):
         maximize: bool = False,
         process_group: Where = "auto",
         data_parallel: DataParallel = "exact_products",
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         choose("data_parallel", data_parallel, get_args(DataParallel))
         choose("stop", stop, tuple(RULES))
@@ -128,7 +131,7 @@ class NewtonCG(MatrixFree):
             "keep_history": keep_history,
             "maximize": maximize,
         }
-        super().__init__(model, defaults, groups, preconditioner, process_group)
+        super().__init__(model, defaults, groups, preconditioner, process_group, compile)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)

@@ -77,6 +77,8 @@ class SGN(MatrixFree):
         process_group: the ranks that train the model together, as for `KFAC`; "alone": this one. Gradients, products
             and losses are means over ranks, one all-reduce for each product, so that a step is that of one process on
             all batches together. If these differ in size, let each loss be (ranks / all samples) times its sum.
+        compile: True, or arguments for `torch.compile`: what lies between products, recurrences and the move of
+            weights, becomes a few graphs when it first runs. `product="compiled"` compiles products.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -108,6 +110,7 @@ class SGN(MatrixFree):
         groups: Sequence[Mapping[str, Any]] = (),
         maximize: bool = False,
         process_group: Where = "auto",
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         choose("stop", stop, tuple(RULES))
         choose("negative_curvature", negative_curvature, get_args(NegativeCurvature))
@@ -133,7 +136,7 @@ class SGN(MatrixFree):
             "keep_history": keep_history,
             "maximize": maximize,
         }
-        super().__init__(model, defaults, groups, preconditioner, process_group)
+        super().__init__(model, defaults, groups, preconditioner, process_group, compile)
         first = self.param_groups[0]["params"][0]
         self.state[first]["damping"] = torch.as_tensor(damping, dtype=working_dtype(first), device=first.device).clone()
 

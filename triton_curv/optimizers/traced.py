@@ -13,7 +13,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from triton_curv.blocks import FactorStore
 from triton_curv.errors import ConfigurationError
 
 IDLE = -1  # no renewal of inverses is under way
@@ -89,8 +91,19 @@ def require_gradients(names: Mapping[Any, str], params: Sequence[Tensor]) -> Non
         )
 
 
-def require_traceable(blind: bool, alone: bool) -> None:
-    """Raise ConfigurationError for a step in a graph that has to look at values or to wait for other ranks."""
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def _stay_dense(store: FactorStore) -> bool:
+    with unset_fake_temporarily(), torch.no_grad():
+        store.stay_dense_()
+    return True
+
+
+def stay_traceable(store: FactorStore, blind: bool, alone: bool) -> None:
+    """No low-rank forms from now on, whose ranks are chosen on the host.
+
+    Raises ConfigurationError for a step in a graph that has to look at values or to wait for other ranks.
+    """
+    _stay_dense(store)
     if not alone:
         raise ConfigurationError(ONE_RANK)
     if not blind:

@@ -75,7 +75,7 @@ class ShardGroup(MatrixGroup):
             grad, update = matrices or (empty, empty)
             self.rows.append(Row(block, grad, update, empty, tuple(parts)))
         self.idle = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
-        self._cache = {}
+        self._cache, self._forms = {}, 0
 
     def _lists(self, rows: list[Row]) -> Lists:
         parts = [part for row in rows for part in row.parts]
