@@ -56,6 +56,7 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "accumulate_factor_ without rows": (ops.accumulate_factor_, (factor, rows[:0], 1.0, 0.0, True)),
         "pack_symmetric": (ops.pack_symmetric, ([factor, factor[:4, :4]], torch.bfloat16, 2.0)),
         "unpack_symmetric": (ops.unpack_symmetric, (torch.randn(9), [3, 2], torch.float16, 0.5)),
+        "unpack_symmetric_": (ops.unpack_symmetric_, ([factor, factor[:4, :4].clone()], torch.randn(38), 0.5)),
         "momentum_update_": (ops.momentum_update_, tuple(lists)),
     }
 
