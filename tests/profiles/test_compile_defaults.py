@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from profiles import compile_defaults
-from profiles.compile_defaults import main, read_rows, variants
+from profiles.compile_defaults import CSV, like, main, read_rows, variants
 from profiles.default_calls import Call, empty
+from tests.support.offline import MACHINES, Arch
 from triton_curv_kernels import choice
 from triton_curv_kernels.apply_inverse import launch_apply_damped_inverse
 from triton_curv_kernels.cg import launch_cg_direction, launch_cg_update
@@ -47,6 +48,23 @@ def test_sizes_of_one_compile_eagerly_and_in_traces(monkeypatch: pytest.MonkeyPa
     traced = {row.kernel for row in rows if row.case.startswith("traced")}
     assert {"momentum_update_kernel", "rescale_kernel", "_update_kernel", "cg_update_kernel"} <= traced
     assert all(row.registers > 0 and row.triton for row in rows)
+
+
+@pytest.mark.parametrize("arch", MACHINES)
+def test_every_default_has_been_compiled_and_does_not_spill(arch: Arch) -> None:
+    """A new default, or a launcher that launches otherwise: run `python -m profiles.compile_defaults` again."""
+    rows = [row for row in read_rows(CSV).values() if row.arch == arch]
+    assert [row for row in rows if not row.is_fine] == []
+    known = {like(row.arch, row.op, row.kernel, row.constants, row.types) for row in rows}
+    needed = {variant.like for variant in variants([arch])}
+    assert len(needed) > 200
+    assert sorted(needed - known) == []
+    if arch != "gfx942":  # 64 x 64 and larger products of 16 bits are made by tensor cores
+        large = [row for row in rows if row.kernel == "_accumulate_kernel" and "bf16" in row.types]
+        assert all(row.matrix > 0 for row in large)
+    wide = [row for row in rows if row.kernel == "momentum_update_kernel" and not row.case.startswith("traced")]
+    assert wide
+    assert all(row.wide_loads > 0 for row in wide)
 
 
 def test_a_kernel_that_changed_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
