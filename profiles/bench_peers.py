@@ -227,7 +227,8 @@ def draw(path: Path) -> None:
         axis.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
         axis.set_yticks(range(len(peers)), peers)
         axis.set_title("steps to the target" if field == "steps" else "CPU seconds to the target")
-        figure.colorbar(image, ax=axis, label="times AdamW's", pad=0.01, ticks=[0.2, 0.5, 1, 2, 5], format="%g")
+        bar = figure.colorbar(image, ax=axis, label="times AdamW's", pad=0.01, ticks=[0.2, 0.5, 1, 2, 5], format="%g")
+        bar.minorticks_off()
     figure.savefig(path.with_suffix(".png"), dpi=90)
 
 

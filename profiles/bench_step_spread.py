@@ -1,4 +1,4 @@
-"""Is a step with a refresh a spike? p99 / median of K-FAC's step time on a scenario, by `refresh_budget`.
+"""Is a step with a refresh a spike? p99 / median of K-FAC's step time, by `refresh_budget` and `conv_samples`.
 
 python -m profiles.bench_step_spread [SCENARIO] [--steps N] [--csv FILE]     appends to profiles/results/step_spread.csv
 
@@ -19,14 +19,16 @@ from triton_curv.scenarios import get_scenario
 from triton_curv.training.timing import one_thread
 from triton_curv.training.trainer import Trainer
 
-BUDGETS = (None, 4, 2)
+CASES: tuple[tuple[int | None, int], ...] = ((None, 0), (4, 0), (4, 32), (2, 16))
 
 
-def step_milliseconds(scenario: str, budget: int | None, steps: int) -> list[float]:
+def step_milliseconds(scenario: str, budget: int | None, conv_samples: int, steps: int) -> list[float]:
     """CPU time of each step from the start of training."""
     task = get_scenario(scenario)
     trainer = Trainer(task, task.load(), "sgd", 1e-3, 0, steps)
-    trainer.optimizer = KFAC(trainer.model, lr=task.learning_rate("kfac"), refresh_budget=budget)
+    trainer.optimizer = KFAC(
+        trainer.model, lr=task.learning_rate("kfac"), refresh_budget=budget, conv_samples=conv_samples
+    )
     times = []
     for _ in range(steps):
         batch = trainer.draw()
@@ -44,16 +46,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "step_spread.csv")
     arguments = parser.parse_args()
-    best: dict[int | None, torch.Tensor] = {}
+    best: dict[tuple[int | None, int], torch.Tensor] = {}
     with one_thread():
         for _ in range(arguments.repeats):
-            for budget in BUDGETS:
-                times = torch.tensor(step_milliseconds(arguments.scenario, budget, arguments.steps))
-                best[budget] = torch.minimum(best.get(budget, times), times)
+            for case in CASES:
+                times = torch.tensor(step_milliseconds(arguments.scenario, *case, arguments.steps))
+                best[case] = torch.minimum(best.get(case, times), times)
     rows: list[dict[str, object]] = []
-    for budget, times in best.items():
+    for (budget, conv_samples), times in best.items():
         median, p99 = float(times.median()), float(times.quantile(0.99))
-        print(f"refresh_budget={budget!s:5} median {median:.2f} ms  p99 {p99:.2f} ms  p99/median {p99 / median:.2f}")
+        told = f"refresh_budget={budget!s:5} conv_samples={conv_samples:<3}"
+        print(f"{told} median {median:.2f} ms  p99 {p99:.2f} ms  p99/median {p99 / median:.2f}")
         rows.append(
             {
                 "scenario": arguments.scenario,
@@ -64,6 +67,7 @@ def main() -> None:
                 "p99_ms": p99,
                 "p99_over_median": p99 / median,
                 "longest_over_median": float(times.max()) / median,
+                "conv_samples": conv_samples,
             }
         )
     append_rows(arguments.csv, rows, torch.device("cpu"))

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from triton_curv_kernels import pack_symmetric, unpack_symmetric
+from triton_curv_kernels import pack_symmetric, unpack_symmetric_
 from triton_curv_kernels.backend import use_reference
 
 WIDEST_BATCHED = 32  # on a GPU, larger matrices go to the kernels one by one; of smaller ones there are thousands
@@ -33,7 +33,9 @@ def pack(matrices: Tensor) -> Tensor:
 def unpack(packed: Tensor, n: int) -> Tensor:
     """(batch, n (n + 1) / 2) -> (batch, n, n), a fresh tensor, bitwise symmetric."""
     if n > WIDEST_BATCHED and not use_reference(packed):
-        return torch.stack(unpack_symmetric(packed.reshape(-1), [n] * len(packed), packed.dtype))
+        matrices = packed.new_empty((len(packed), n, n))
+        unpack_symmetric_(list(matrices.unbind()), packed.reshape(-1))
+        return matrices
     half, even = (n + 1) // 2, 1 - n % 2
     rectangle = packed.view(-1, n + even, half)
     matrices = torch.empty((len(packed), n, n), dtype=packed.dtype, device=packed.device)

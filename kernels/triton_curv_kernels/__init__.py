@@ -10,7 +10,7 @@ from triton_curv_kernels.momentum import momentum_update_
 from triton_curv_kernels.neumann import neumann_update_
 from triton_curv_kernels.packed import from_dense, packed_offsets, to_dense
 from triton_curv_kernels.patch import accumulate_patch_factor_
-from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric
+from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric, unpack_symmetric_
 
 __all__ = [
     # factors
@@ -20,6 +20,7 @@ __all__ = [
     "accumulate_patch_factor_",
     "pack_symmetric",
     "unpack_symmetric",
+    "unpack_symmetric_",
     "packed_offsets",
     "from_dense",
     "to_dense",

@@ -82,8 +82,8 @@ def apply_damped_inverse_reference(
             multiply(of_g, grad, out=update)
         else:
             multiply(multiply(of_g, grad), of_a, out=update)
-    wide = torch.promote_types(grads[0].dtype, torch.float32)
-    if grads[0].dtype != wide:
+    wide = torch.float64 if any(d.dtype == torch.float64 for d in grads) else torch.float32
+    if any(d.dtype != wide for d in grads):
         updates, grads = [u.to(wide) for u in updates], [d.to(wide) for d in grads]
     products = torch.stack([torch.dot(u.reshape(-1), d.reshape(-1)) for u, d in zip(updates, grads, strict=True)])
     squares = torch.stack(torch._foreach_norm(updates)).square_()

@@ -107,6 +107,11 @@ class DeviceLimits:
     arch: str = ""
 
 
+def is_blackwell(limits: DeviceLimits) -> bool:
+    """B200 and B300, where accumulators of 16-bit products lie in tensor memory."""
+    return limits.arch.startswith("sm_10")
+
+
 NO_DEVICE = DeviceLimits()  # those of an H100: what tracing and offline compilation assume
 
 

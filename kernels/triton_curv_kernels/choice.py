@@ -4,8 +4,11 @@ A launcher asks `config or choose("accumulate_factor_", problem, default_config)
 problem takes longer than looking it up. The tuner's package installs the chooser, so that kernels import nothing of it.
 """
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -100,14 +103,24 @@ def _with_hints(problem: Problem) -> Problem:
 
 
 def tables_key() -> str:
-    """What the chooser knows, as a constant of the graph while torch.compile traces, else "".
+    """What the chooser knows and how ops are written, as a constant of the graph while torch.compile traces, else "".
 
-    Compiled graphs hold the configurations that were chosen, but torch looks for them in its caches before any op
-    chooses. A public function hands this to its op, whose body ignores it: so it is a part of the caches' keys.
+    Compiled graphs hold the configurations that were chosen and the references' operations, but torch looks for them
+    in its caches before any op runs, by the op's name. A public function hands this to its op, whose body ignores it:
+    so it is a part of the caches' keys, and another version of this package finds nothing of this one.
     """
     return _constant_tables_key() if torch.compiler.is_compiling() else ""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it unannotated
 def _constant_tables_key() -> str:
-    return "" if _tables is None else _tables()
+    return f"{_source()}:{'' if _tables is None else _tables()}"
+
+
+@cache
+def _source() -> str:
+    """A digest of this package's files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

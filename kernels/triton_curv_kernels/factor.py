@@ -70,7 +70,7 @@ def _slot_of(split):
     return tl.num_programs(0).to(tl.int64) * split + tl.program_id(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "steps_per_split"])
 def _accumulate_kernel(
     # tensors; the workspace, used if SPLIT, has room for a tile for each program
     rows,
@@ -132,7 +132,7 @@ def _accumulate_kernel(
             tl.store(workspace + _slot_of(split) * (BLOCK_N * BLOCK_N) + in_block, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "splits"])
 def _finish_kernel(
     # tensors
     factor,

@@ -119,7 +119,7 @@ def default_config(problem: FactorProblem) -> FactorConfig:
     else:
         block_n, num_warps = 64, 4
     block_k = 16 if fp32 else 32 if block_n == 16 else 64
-    num_stages = 2 if problem.limits.platform == "hip" or (fp32 and block_n == 128) else 3
+    num_stages = 2 if problem.limits.platform == "hip" or fp32 else 3
     return FactorConfig(block_n, block_k, _default_split(problem, block_n), num_warps, num_stages)
 
 

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 import triton
 
-from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits
+from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, is_blackwell
 from triton_curv_kernels.factor_config import INPUT_PRECISIONS, InputPrecision, prefers_large_tiles
 
 MOST_PARTS = 64  # of one K: a finishing program adds them one after another
@@ -70,7 +70,7 @@ PARTS_K = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 GROUP_CONFIGS: list[GroupConfig] = [
     GroupConfig(block_n, 64, block_k, part_k, num_warps, num_stages, precision)
     for (block_n, num_warps), block_k, part_k, num_stages, precision in product(
-        ((128, 8), (64, 4), (64, 8)), (16, 32, 64), PARTS_K, (2, 3, 4), INPUT_PRECISIONS
+        ((128, 4), (128, 8), (64, 4), (64, 8)), (16, 32, 64), PARTS_K, (2, 3, 4), INPUT_PRECISIONS
     )
 ]
 
@@ -97,6 +97,7 @@ def prune_group(configs: Sequence[GroupConfig], problem: GroupProblem) -> list[G
             and (config.input_precision != "tf32x3" or problem.limits.platform == "cuda")
             and (config.input_precision != "bf16x6" or config.BLOCK_N <= 64)  # tensor memory of sm_100, registers
             and (not fp32 or config.BLOCK_K <= 32)  # fp32 products are unrolled over BLOCK_K
+            and ((config.BLOCK_N, config.num_warps) != (128, 4) or (is_blackwell(problem.limits) and not fp32))
         )
 
     return [config for config in configs if fits(config)]
@@ -105,7 +106,7 @@ def prune_group(configs: Sequence[GroupConfig], problem: GroupProblem) -> list[G
 def default_group_config(problem: GroupProblem) -> GroupConfig:
     """Analytic choice, of full fp32 precision. It compiles without register spills for all targets the tests name."""
     fp32, hip = problem.dtype == torch.float32, problem.limits.platform == "hip"
-    block_k = 16 if fp32 else 64
+    block_k = 64 if not fp32 else 32 if hip else 16  # of 16, gfx942 spills where packed factors are stored at once
     num_stages = 2 if hip or fp32 else 3
 
     def config(part_k: int) -> GroupConfig:
@@ -123,4 +124,7 @@ def default_group_config(problem: GroupProblem) -> GroupConfig:
             total += count * tiles * (tiles + 1) / 2 * parts * one
         return total / problem.limits.multiprocessors + longest
 
-    return config(min(PARTS_K, key=duration))
+    chosen = config(min(PARTS_K, key=duration))
+    if is_blackwell(problem.limits) and not fp32 and any(parts_of(k, chosen)[0] > 1 for k, *_ in problem.shapes):
+        return replace(chosen, num_warps=4)  # of 8, threads have 128 registers; to store factors at once takes 8
+    return chosen

@@ -76,7 +76,7 @@ def _update_strided(
         stored = _update_block(
             bases, param_offs, momentum_offs, update_offs, mask, scale, hyper, codes, PARAM, UPDATE, COUPLED, False
         )
-        squares += tl.where(mask, stored * stored, 0.0)
+        squares += stored * stored  # 0 where there is no element
     return tl.sum(squares)
 
 
@@ -149,7 +149,7 @@ def momentum_update_kernel(
         scale = tl.load(scale_ptr).to(tl.float32)
         bases = (param_ptr + start_p, momentum_ptr + start_m, update_ptr + start_u)
         first = block.to(tl.int64) * BLOCK
-        size = (numel.to(tl.int64), inner.to(tl.int64), middle.to(tl.int64))
+        size = (tl.cast(numel, tl.int64), tl.cast(inner, tl.int64), tl.cast(middle, tl.int64))  # a 1 is a constant
         p_strides, m_strides = (stride_po, stride_pm, stride_pi), (stride_mo, stride_mm, stride_mi)
         u_strides = (stride_uo, stride_um, stride_ui)
         if DENSE:
@@ -158,7 +158,7 @@ def momentum_update_kernel(
             stored = _update_block(
                 bases, offs, offs, offs, mask, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, VECTORS=False
             )
-            square = tl.sum(tl.where(mask, stored * stored, 0.0))
+            square = tl.sum(stored * stored)  # 0 where there is no element
         else:
             square = _update_strided(
                 bases, first, size, p_strides, m_strides, u_strides, scale, hyper, (0, 0), PARAM, UPDATE, COUPLED, BLOCK
@@ -224,6 +224,6 @@ def rescale_kernel(
     else:
         factor = _factor(partial_ptr, first_block, num_blocks, length, EPS)
         first = tl.program_id(0).to(tl.int64) * BLOCK
-        size = (numel.to(tl.int64), inner.to(tl.int64), middle.to(tl.int64))
+        size = (tl.cast(numel, tl.int64), tl.cast(inner, tl.int64), tl.cast(middle, tl.int64))  # a 1 is a constant
         strides = (stride_o, stride_m, stride_i)
         _rescale_strided(param_ptr + start, first, size, strides, 0, factor, PARAM, BLOCK)

@@ -10,7 +10,7 @@ As in factor.py, one program owns the pairs (i, j), (j, i) of its tile, and K is
 is added up in a fixed order by a second kernel, so that results do not vary from run to run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -22,7 +22,16 @@ from torch.nn import functional
 from triton_curv_kernels.backend import UnsupportedInputError, on_own_device, use_reference, wrap_triton
 from triton_curv_kernels.choice import choose_once, tables_key
 from triton_curv_kernels.factor import INPUT_DTYPES, launch_accumulate_factor_
-from triton_curv_kernels.patch_config import CONFIGS, NUMERICS, PatchConfig, PatchProblem, default_config, prune
+from triton_curv_kernels.patch_config import (
+    CONFIGS,
+    NUMERICS,
+    PatchConfig,
+    PatchProblem,
+    beside_a_copy,
+    default_config,
+    prune,
+    samples_of_part,
+)
 from triton_curv_kernels.patch_gather import _finish_gather_kernel, _gather_kernel
 from triton_curv_kernels.patch_geometry import PaddingMode, PatchGeometry, padding_sides, per_dimension
 from triton_curv_kernels.patch_products import _blocks_kernel, _products_kernel
@@ -65,7 +74,7 @@ def launch_accumulate_patch_factor_(
     """`accumulate_patch_factor_` by Triton, whatever the device; factor (groups, n', n').
 
     "implicit" and "displacement" read neighbouring channels: other layouts are copied, few samples at a time, so that
-    a copy takes at most 5 % of what the patches would.
+    copy and workspace take at most 5 % of what the patches would.
     """
     _check_shapes(factor, input, geometry, ones)
     if not supports(factor, input):
@@ -78,20 +87,20 @@ def launch_accumulate_patch_factor_(
     if config is None and (rows := pixel_rows(input, geometry, groups)) is not None:
         launch_accumulate_factor_(factor[0], rows, alpha, beta, ones)
         return
-    problem = PatchProblem.of(input, groups, geometry, ones)
+    problem, reads_neighbours = PatchProblem.of(input, groups, geometry, ones), input.stride(1) == 1 or per_group == 1
     if config is None:
         call = (input.shape, input.stride(), input.dtype, input.device, groups, geometry, ones)
         config = choose_once("accumulate_patch_factor_", call, lambda: problem, default_config)
+        config = config if reads_neighbours else beside_a_copy(config, problem)
     if config.algorithm == "displacement" and not geometry.shares_displacements:
         raise UnsupportedInputError(
             f"expected stride 1 and outputs at least as far as the kernel reaches for algorithm 'displacement', got "
             f"stride {geometry.stride}, outputs {geometry.outputs} and reach {geometry.gaps}"
         )
-    if config.algorithm == "gather" or input.stride(1) == 1 or per_group == 1:
+    if config.algorithm == "gather" or reads_neighbours:
         _launch(factor, input, problem, alpha, beta, config)
         return
-    parts = triton.cdiv(20, geometry.kernel_positions)
-    for some in input.split(max(1, triton.cdiv(problem.samples, parts))):
+    for some in input.split(samples_of_part(problem)):
         nearby = some.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         _launch(factor, nearby, PatchProblem.of(nearby, groups, geometry, ones), alpha, beta, config)
         beta = 1.0
@@ -220,6 +229,21 @@ def _reference_op(
     accumulate_patch_factor_reference(factor, input, geometry, alpha, beta, ones)
 
 
+def _padded(
+    input: Tensor, sides: list[int], mode: PaddingMode, reach: tuple[list[int], list[int], list[int]]
+) -> Iterator[Tensor]:
+    """The input padded, few samples at a time; `reach` is kernel, stride and dilation."""
+    flat = [side for i in reversed(range(len(sides) // 2)) for side in sides[2 * i : 2 * i + 2]]
+    if torch.compiler.is_compiling():
+        yield functional.pad(input, flat, mode=mode)
+        return
+    kernel, stride, dilation = reach
+    sizes = [size + sum(sides[2 * i : 2 * i + 2]) for i, size in enumerate(input.shape[2:])]
+    geometry = PatchGeometry.of(sizes, kernel, stride, [0] * len(sides), dilation)
+    for some in input.split(samples_of_part(PatchProblem(len(input), input.shape[1], 1, geometry, input.dtype))):
+        yield functional.pad(some, flat, mode=mode)
+
+
 @triton_op("triton_curv::accumulate_patch_factor_", mutates_args={"factor"})
 def _accumulate_patch_factor_op(
     factor: Tensor,
@@ -275,7 +299,8 @@ def accumulate_patch_factor_(
         ones: take one more patch element into account that is always 1: the input that belongs to a bias.
         alpha: scale of the product.
         beta: scale of what is there; 0 ignores it, NaN included.
-        padding_mode: of the convolution; for others than "zeros" the input is padded first, a copy of its size.
+        padding_mode: of the convolution; for others than "zeros" the input is padded first, few samples at a time (as a
+            whole in a graph of torch.compile).
         config: algorithm and tiling of the Triton kernels; None means the tuner's choice, `default_config` without one.
 
     No gradient flows through it. Source: KFC, arXiv 1602.01407 section 3.
@@ -290,8 +315,11 @@ def accumulate_patch_factor_(
     steps, dilations = per_dimension(stride, dims, "stride"), per_dimension(dilation, dims, "dilation")
     sides = padding_sides(padding, kernel, dilations)
     if padding_mode != "zeros" and any(sides):
-        flat = [side for i in reversed(range(dims)) for side in sides[2 * i : 2 * i + 2]]
-        input, sides = functional.pad(input, flat, mode=padding_mode), [0] * len(sides)
+        numbers = (groups, ones, alpha)
+        for padded in _padded(input, sides, padding_mode, (kernel, steps, dilations)):
+            accumulate_patch_factor_(factor, padded, kernel, steps, 0, dilations, *numbers, beta, config=config)
+            beta = 1.0
+        return
     if factor.dim() == 2:
         factor = factor[None]
     if factor.dim() != 3 or factor.shape[0] != groups:

@@ -1,7 +1,7 @@
 """Configurations of `accumulate_patch_factor_` in Triton: which there are, which fit a problem, the default."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, device_limits
+from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, device_limits, is_blackwell
 from triton_curv_kernels.factor_config import INPUT_PRECISIONS, SPLITS, InputPrecision
 from triton_curv_kernels.patch_geometry import PatchGeometry
 
@@ -19,6 +19,8 @@ Algorithm = Literal["gather", "implicit", "displacement"]
 ALGORITHMS: tuple[Algorithm, ...] = ("gather", "implicit", "displacement")
 
 WORKSPACE_SHARE = 0.05  # of the bytes that patches would take: what a default's workspace may take at most
+COPY_SHARE = 0.5 * WORKSPACE_SHARE  # the same of copies of the input, and of the workspace beside them
+SMALL_COPY = 1 << 20  # bytes: what is copied in one part
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,14 @@ class PatchConfig:
 NUMERICS = ("algorithm", "BLOCK_N", "BLOCK_K", "SPLIT_K", "input_precision")
 """Fields that change the order or the rounding of sums; BLOCK_N since small tiles take another matrix instruction."""
 
+TILES = ((16, 1), (32, 4), (64, 4), (64, 8), (128, 8))
+GATHERED = ((16, 4), (32, 8))
+"""BLOCK_N and warps; GATHERED: of "gather" on AMD, whose address for each element takes scalar registers."""
+
 CONFIGS: list[PatchConfig] = [
     PatchConfig(algorithm, block_n, block_k, split_k, num_warps, num_stages, precision)
     for algorithm, (block_n, num_warps), block_k, split_k, num_stages, precision in product(
-        ALGORITHMS, ((16, 1), (32, 4), (64, 4), (64, 8), (128, 8)), (16, 32, 64), SPLITS, (2, 3, 4), INPUT_PRECISIONS
+        ALGORITHMS, (*TILES, *GATHERED), (16, 32, 64), SPLITS, (2, 3, 4), INPUT_PRECISIONS
     )
 ]
 
@@ -134,6 +140,7 @@ def prune(configs: Sequence[PatchConfig], problem: PatchProblem) -> list[PatchCo
         operands = 2 * config.BLOCK_N * config.BLOCK_K * problem.dtype.itemsize * config.num_stages
         mirrored = 4 * config.BLOCK_N**2
         columns = problem.n if config.algorithm == "gather" else problem.per_group
+        gathered = config.algorithm == "gather" and problem.limits.platform == "hip"
         return (
             problem.limits.shared_memory >= max(operands, mirrored)
             and max(16, triton.next_power_of_2(columns)) >= config.BLOCK_N
@@ -142,6 +149,7 @@ def prune(configs: Sequence[PatchConfig], problem: PatchProblem) -> list[PatchCo
             and (not fp32 or config.BLOCK_K <= 32)  # fp32 products are unrolled over BLOCK_K
             and (config.algorithm != "displacement" or problem.geometry.shares_displacements)
             and (config.algorithm != "gather" or (config.BLOCK_N <= 64 and config.BLOCK_K <= 32))  # an address each
+            and ((config.BLOCK_N, config.num_warps) not in GATHERED or gathered)
         )
 
     return [config for config in configs if fits(config)]
@@ -173,12 +181,37 @@ def _candidates(problem: PatchProblem) -> Iterator[PatchConfig]:
         if block_n > largest or block_n > max(16, triton.next_power_of_2(columns)):
             continue
         narrow = algorithm == "gather" or not problem.aligned
-        block_k = 16 if fp32 or block_n == 16 else 32 if narrow else 64
+        block_k = 16 if fp32 or block_n == 16 or (hip and algorithm == "gather") else 32 if narrow else 64
         num_warps = {16: 1, 32: 4, 64: 4 if problem.aligned and algorithm == "displacement" else 8, 128: 8}[block_n]
-        num_stages = 2 if hip or algorithm == "gather" or (fp32 and block_n == 128) else 3
+        if hip and algorithm == "gather":
+            num_warps = dict(GATHERED)[block_n]
+        num_stages = 2 if hip or algorithm == "gather" or block_n == 32 or (fp32 and block_n == 128) else 3
+        # on Blackwell, a kernel that multiplies a large tile of fp32 and stores it to many blocks spills
+        least = 2 if fp32 and block_n == 128 and algorithm == "displacement" and is_blackwell(problem.limits) else 1
         for split_k in SPLITS:
-            if split_k == 1 or 512 * split_k <= problem.rows:
+            if split_k >= least and (split_k == 1 or 512 * split_k <= problem.rows):
                 yield PatchConfig(algorithm, block_n, block_k, split_k, num_warps, num_stages)
+
+
+def samples_of_part(problem: PatchProblem) -> int:
+    """Samples of an input that are copied at a time, one at least: COPY_SHARE of the bytes that patches would take.
+
+    For a kernel of one pixel, whose patches are no more than the pixels, a twentieth of the input.
+    """
+    geometry, samples = problem.geometry, problem.samples
+    pixels = prod(geometry.sizes)
+    if samples * pixels * problem.groups * problem.per_group * problem.dtype.itemsize <= SMALL_COPY:
+        return max(1, samples)
+    if geometry.kernel_positions == 1:
+        return -(-samples // 20)
+    return max(1, int(COPY_SHARE * samples * geometry.positions * geometry.kernel_positions / pixels))
+
+
+def beside_a_copy(config: PatchConfig, problem: PatchProblem) -> PatchConfig:
+    """A default with fewer parts of K, so that its workspace takes no more than COPY_SHARE."""
+    splits = [s for s in SPLITS if s <= config.SPLIT_K]
+    fewer = (replace(config, SPLIT_K=split) for split in reversed(splits))
+    return next((c for c in fewer if 4 * c.workspace(problem) <= COPY_SHARE * problem.patch_bytes), config)
 
 
 RATES = {16: 0.1, 32: 0.25, 64: 0.6, 128: 1.0}  # of products in tiles of a size, relative to the largest; analytic

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from triton_curv_kernels.patch_pixels import GEOMETRY, _first_pixels, _next_pixels
+from triton_curv_kernels.patch_pixels import NOT_SPECIALIZED, _first_pixels, _next_pixels
 from triton_curv_kernels.patch_store import _slot_of, _store_block, _store_sums, _tile_of
 
 
@@ -57,7 +57,7 @@ def _is_inside(pixel, column, size):
     return place.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)  # a negative one becomes large
 
 
-@triton.jit(do_not_specialize=GEOMETRY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _gather_kernel(
     # tensors; the workspace, used if SPLIT, has room for a tile for each program
     input,
@@ -201,7 +201,7 @@ def _gather_kernel(
             _store_sums(factor, sums, 0, p - triangle, n, n, rows, alpha, beta, stride_fi, stride_fj, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "stride_fb"])
 def _finish_gather_kernel(
     # tensors
     factor,

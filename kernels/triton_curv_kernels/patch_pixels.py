@@ -8,7 +8,9 @@ import triton.language as tl
 
 GEOMETRY = [
     f"{name}_{dim}" for name in ("size", "out", "kernel", "step", "before", "dilation") for dim in ("t", "h", "w")
-]  # numbers that are not worth a compilation of their own
+]
+NOT_SPECIALIZED = [*GEOMETRY, "samples", "steps_per_split", "splits", "items", "stride_fb"]
+"""Arguments that are not worth a compilation of their own."""
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from triton_curv_kernels.patch_pixels import (
-    GEOMETRY,
+    NOT_SPECIALIZED,
     _add_products,
     _seen_by_both,
     _seen_from,
@@ -38,7 +38,7 @@ def _count_products(
     return positions, tiles, products, products * tiles * tiles + (positions * tiles if ONES else 0)
 
 
-@triton.jit(do_not_specialize=GEOMETRY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _products_kernel(
     # tensors; the workspace, used if SPLIT, has room for a tile for each program
     input,
@@ -203,7 +203,7 @@ def _products_kernel(
             _store_sums(factor, sums, a, block, n, per_group, rows, alpha, beta, stride_fi, stride_fj, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=GEOMETRY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _blocks_kernel(
     # tensors
     input,

@@ -42,17 +42,25 @@ from triton_curv_kernels.symmetric_config import (
     default_config,
     prune,
 )
+from triton_curv_kernels.symmetric_reference import (
+    pack_symmetric_reference,
+    unpack_symmetric_reference,
+    unpack_symmetric_reference_,
+)
 
 __all__ = [
     # the ops, their references and their launchers
     "launch_pack_symmetric",
     "launch_unpack_symmetric",
+    "launch_unpack_symmetric_",
     "pack_symmetric",
     "pack_symmetric_reference",
     "packed_offsets",
     "supports",
     "unpack_symmetric",
+    "unpack_symmetric_",
     "unpack_symmetric_reference",
+    "unpack_symmetric_reference_",
     # their configurations
     "CONFIGS",
     "NUMERICS",
@@ -66,44 +74,6 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 DTYPES = tuple(TRITON_DTYPES)
 
 _tables = DeviceCache(64)
-
-
-def _scaled(tensor: Tensor, scale: float | Tensor) -> Tensor:
-    """`tensor * scale` in at least fp32."""
-    no_scale = not isinstance(scale, Tensor) and scale == 1.0
-    return tensor if no_scale else tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
-
-
-def pack_symmetric_reference(matrices: Sequence[Tensor], dtype: torch.dtype, scale: float | Tensor = 1.0) -> Tensor:
-    """Lower triangles of `matrices`, times `scale`, in `dtype`: four block copies a matrix."""
-    sizes = [matrix.shape[0] for matrix in matrices]
-    offsets = packed_offsets(sizes)
-    packed = torch.empty(offsets[-1], dtype=dtype, device=matrices[0].device)
-    for matrix, n, start, end in zip(matrices, sizes, offsets, offsets[1:], strict=False):
-        half, even = (n + 1) // 2, 1 - n % 2
-        rectangle = packed[start:end].view(n + even, half)
-        scaled = _scaled(matrix, scale)
-        rectangle[even:].copy_(scaled[:, :half])
-        small = rectangle[: n - half, 1 - even :]
-        small.tril_(-1).add_(scaled[half:, half:].triu())
-    return packed
-
-
-def unpack_symmetric_reference(
-    packed: Tensor, sizes: Sequence[int], dtype: torch.dtype, scale: float | Tensor = 1.0
-) -> list[Tensor]:
-    """Dense matrices of the given sizes, times `scale`, in `dtype`: five block operations a matrix."""
-    offsets = packed_offsets(sizes)
-    matrices = []
-    for n, start, end in zip(sizes, offsets, offsets[1:], strict=False):
-        half, even = (n + 1) // 2, 1 - n % 2
-        rectangle = _scaled(packed[start:end].view(n + even, half), scale)
-        matrix = torch.empty((n, n), dtype=dtype, device=packed.device)
-        matrix[:, :half] = rectangle[even:]
-        matrix[half:, half:] = rectangle[: n - half, 1 - even :].mT
-        matrix.tril_()
-        matrices.append(matrix.add_(matrix.tril(-1).mT))
-    return matrices
 
 
 @triton.jit
@@ -189,7 +159,7 @@ def _copy_tile(
             _copy(matrix, packed, i, j, n, scale, stride_i, stride_j, False, False, ALIGN, PACK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "n", "stride_i"])  # WIDE says what matters
 def _matrix_kernel(
     # tensors; the scale on the device is one factor more, if HAS_SCALE
     matrix,
@@ -288,6 +258,18 @@ def launch_unpack_symmetric(
     matrices = [torch.empty((n, n), dtype=dtype, device=packed.device) for n in sizes]
     _launch(matrices, packed, scale, config, pack=False)
     return matrices
+
+
+@on_own_device
+def launch_unpack_symmetric_(
+    matrices: Sequence[Tensor], packed: Tensor, scale: float | Tensor = 1.0, config: SymmetricConfig | None = None
+) -> None:
+    """`unpack_symmetric_` by Triton, whatever the device: one launch for each dtype of matrices."""
+    _check_matrices(matrices)
+    _check_packed(packed, [matrix.shape[0] for matrix in matrices])
+    for matrix in matrices:
+        _check_dtypes(packed, matrix.dtype)
+    _launch(matrices, packed, scale, config, pack=False)
 
 
 def _launch(
@@ -413,6 +395,19 @@ def _unpack_symmetric_op(
     return launch_unpack_symmetric(packed, sizes, dtype, both)
 
 
+@triton_op("triton_curv::unpack_symmetric_", mutates_args={"matrices"})
+def _unpack_symmetric_into_op(
+    matrices: list[Tensor], packed: Tensor, scale: float = 1.0, device_scale: Tensor | None = None, tables: str = ""
+) -> None:
+    both = scale if device_scale is None else device_scale
+    if use_reference(packed) or not all(supports(packed, matrix.dtype) for matrix in matrices):
+        _check_matrices(matrices)
+        _check_packed(packed, [matrix.shape[0] for matrix in matrices])
+        unpack_symmetric_reference_(matrices, packed, both)
+    else:
+        launch_unpack_symmetric_(matrices, packed, both)
+
+
 def pack_symmetric(matrices: Sequence[Tensor], dtype: torch.dtype, scale: float | Tensor = 1.0) -> Tensor:
     """`torch.cat([scale * M[tril] for M in matrices]).to(dtype)`, in the order of rectangular full packed storage.
 
@@ -451,6 +446,22 @@ def unpack_symmetric(
         _check_packed(packed, sizes)
         return unpack_symmetric_reference(packed, sizes, dtype, scale)
     return torch.ops.triton_curv.unpack_symmetric(packed, sizes, dtype, *_scale_arguments(scale), tables_key())
+
+
+def unpack_symmetric_(matrices: Sequence[Tensor], packed: Tensor, scale: float | Tensor = 1.0) -> None:
+    """`unpack_symmetric` into matrices that are there: views of one tensor, say.
+
+    Raises:
+        UnsupportedInputError: as `unpack_symmetric`; matrices that are not square or on several devices.
+
+    """
+    _check_scale(scale)
+    if not torch.compiler.is_compiling() and use_reference(packed):
+        _check_matrices(matrices)
+        _check_packed(packed, [matrix.shape[0] for matrix in matrices])
+        unpack_symmetric_reference_(matrices, packed, scale)
+    else:
+        torch.ops.triton_curv.unpack_symmetric_(matrices, packed, *_scale_arguments(scale), tables_key())
 
 
 def _check_scale(scale: float | Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits
+from triton_curv_kernels.backend import NO_DEVICE, DeviceLimits, is_blackwell
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,7 @@ def prune(configs: Sequence[SymmetricConfig], problem: SymmetricProblem) -> list
 def default_config(problem: SymmetricProblem) -> SymmetricConfig:
     """Analytic choice, by the largest matrix."""
     n = problem.n
-    return SymmetricConfig(16, 2) if n <= 32 else SymmetricConfig(32, 4) if n <= 512 else SymmetricConfig(64, 8)
+    if n <= 32:
+        return SymmetricConfig(16, 2)
+    # on Blackwell, narrow copies of tiles of 64 spill
+    return SymmetricConfig(32, 4) if n <= 512 or is_blackwell(problem.limits) else SymmetricConfig(64, 8)

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from profiles import bench_damped_inverse, bench_kernels, bench_resnet50, bench_resolve, bench_steps, gpu_check
-from profiles.gpu_check import Part, main, run_part
+from profiles.gpu_check import Part, age, main, run_part
 from triton_curv.cli import tuning
 from triton_curv.cli.app import app
 
@@ -40,7 +40,21 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
 def test_a_part_past_its_limit_is_cut_off_with_what_it_printed(tmp_path: Path) -> None:
     outcome = run_part(part("import time; print('begun', flush=True); time.sleep(60)"), tmp_path, 2)
     assert outcome.state == "cut off after 2 s"
-    assert outcome.tail == ("begun",)
+    assert outcome.tail[0] == "begun"
+
+
+def test_a_part_past_its_limit_may_say_how_far_it_came(tmp_path: Path) -> None:
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('half', flush=True)"
+    outcome = run_part(part(code), tmp_path, 4)
+    assert outcome.state == "cut off after 4 s"
+    assert outcome.tail == ("half",)
+
+
+def test_the_age_of_this_process_counts() -> None:
+    assert 0 < age() < 3600
+    first = age()
+    time.sleep(0.1)
+    assert age() - first == pytest.approx(0.1, abs=0.1)
 
 
 def test_the_summary_names_every_part(
@@ -53,7 +67,8 @@ def test_the_summary_names_every_part(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr(gpu_check, "PARTS", (part("print('fine')", "tests", 0.5), part("1/0", "kernels")))
-    assert main(["--out", str(tmp_path), "--budget", "80"]) == 1
+    monkeypatch.setattr(gpu_check, "age", lambda: 5.0)
+    assert main(["--out", str(tmp_path), "--budget", "90"]) == 1
     summary = (tmp_path / "summary.txt").read_text()
     assert summary.splitlines()[0].startswith("Some GPU, 7 SMs")
     assert "tests      ok" in summary
@@ -70,7 +85,8 @@ def test_a_part_without_time_is_named_as_skipped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr(gpu_check, "PARTS", (part("print(1)", "tests"),))
-    assert main(["--out", str(tmp_path), "--budget", "20"]) == 1
+    monkeypatch.setattr(gpu_check, "age", lambda: 100.0)
+    assert main(["--out", str(tmp_path), "--budget", "120"]) == 1
     assert "tests      skipped" in (tmp_path / "summary.txt").read_text()
 
 

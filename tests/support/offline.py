@@ -64,6 +64,11 @@ SASS = {
     "FFMA": r"FFMA",
     "total": r"[A-Z]",
 }
+PTX = {
+    "matrix": r"(@%p\d+ )?(wgmma\.mma_async|mma\.sync|tcgen05\.mma)",
+    "ATOM": r"(@%p\d+ )?(atom|red)\.(\w+\.)*global",
+    "total": r"(@!?%p\d+ )?[a-z]",
+}
 GCN = {
     "MFMA": r"v_(mfma|smfmac)",
     "scratch": r"scratch_(load|store)",
@@ -175,13 +180,33 @@ def report(launch: Launch) -> Report:
     return Report(launch.name, arch, registers, spills, metadata.shared, fits, counts)
 
 
-def _read_cubin(name: str, cubin: bytes) -> tuple[int, int, Counter[str]]:
+def quick_report(launch: Launch) -> Report:
+    """`report` without disassembling: a kernel without a stack spills nothing; instructions are counted in PTX."""
+    asm, metadata = launch.compiled.asm, launch.compiled.metadata
+    if "cubin" not in asm:
+        return report(launch)
+    found = re.search(rf"Function {re.escape(launch.name)}:\s*REG:(\d+) STACK:(\d+)", _cuobjdump(asm["cubin"]))
+    assert found is not None, launch.name
+    if int(found[2]) > 0:
+        return report(launch)
+    arch: Arch = next(a for a, machine in MACHINES.items() if machine.target.arch == metadata.target.arch)
+    counts = _count([line.strip() for line in asm["ptx"].splitlines()], PTX)
+    counts[MACHINES[arch].matrix_instruction] = counts["matrix"]
+    fits = metadata.shared <= MACHINES[arch].shared_memory
+    return Report(launch.name, arch, int(found[1]), 0, metadata.shared, fits, counts)
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        command = [str(tool), "-sass", "-res-usage", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tool), *options, "-res-usage", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_cubin(name: str, cubin: bytes) -> tuple[int, int, Counter[str]]:
+    text = _cuobjdump(cubin, "-sass")
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
     counts = _count(opcodes, SASS)
     found = re.search(rf"Function {re.escape(name)}:\s*REG:(\d+)", text)
@@ -201,6 +226,16 @@ def _read_gcn(assembly: str) -> tuple[int, int, Counter[str]]:
 
 def _count(opcodes: list[str], classes: dict[str, str]) -> Counter[str]:
     return Counter({name: sum(bool(re.match(pattern, op)) for op in opcodes) for name, pattern in classes.items()})
+
+
+def wide_loads(launch: Launch) -> int:
+    """16-byte loads from global memory, to registers or to shared memory."""
+    asm = launch.compiled.asm
+    if "amdgcn" in asm:
+        return sum("load_dwordx4" in line for line in asm["amdgcn"].splitlines())
+    text: str = asm["ptx"]
+    vectors = ("ld.global.v4.b32", "ld.global.v2.b64", "ld.global.L1::evict_last.v4", "cp.async.cg.shared.global")
+    return sum(any(vector in line for vector in vectors) for line in text.splitlines())
 
 
 class TracedKernels(NamedTuple):

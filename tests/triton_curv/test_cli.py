@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from triton_curv.cli import main
 from triton_curv.scenarios import SCENARIOS
 from triton_curv.training.checkpoint import RunConfig, load_checkpoint
+from triton_curv.training.step_bench import NAMES
 from triton_curv.training.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -226,3 +228,15 @@ def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     exec(compile(example, "README.md", "exec"), names)
     assert names["loss"].item() < 0.1
     assert capsys.readouterr().out
+
+
+def test_bench_step_keeps_rows_of_other_scenarios(tmp_path: Path) -> None:
+    """Every optimizer, eagerly; a table, and a picture for each scenario."""
+    for scenario in ("digits-cnn", "reg-bos"):
+        arguments = ["bench", "step", scenario, "--eager", "--rounds", "1", "--block", "1", "--out", str(tmp_path)]
+        assert main(arguments) == 0
+        assert (tmp_path / f"steps-{scenario}.png").stat().st_size > 0
+    with (tmp_path / "steps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(NAMES)
+    assert all(float(row["step_ms"]) > 0 and row["cpu"] for row in rows)

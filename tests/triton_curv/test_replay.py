@@ -78,6 +78,7 @@ def test_replays_are_eager_steps(options: dict[str, Any]) -> None:
             lr.fill_(1e-2 / seed)
             passes(model, seed)
             recording.replay() if replays else optimizer.step()
+        assert optimizer._hyper.steps.item() == 9  # three, the recorded one, five: none counted on the host alone
         results.append([p.detach().clone() for p in model.parameters()])
     for eager, replayed in zip(*results, strict=True):
         assert torch.equal(eager, replayed)

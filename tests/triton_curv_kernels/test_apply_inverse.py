@@ -20,7 +20,7 @@ from triton_curv_kernels.apply_inverse import (
     launch_apply_damped_inverse,
     prune,
 )
-from triton_curv_kernels.apply_inverse_work import KEPT, _kept, flat_work_of, work_of
+from triton_curv_kernels.apply_inverse_work import KEPT, _kept, work_of
 from triton_curv_kernels.backend import VARIABLE, DeviceLimits, UnsupportedInputError
 
 SMALL = ApplyConfig(16, 16, 1, 1)
@@ -179,6 +179,13 @@ def test_variable_makes_the_op_launch_on_cpu(monkeypatch: pytest.MonkeyPatch) ->
     check(apply_damped_inverse, layers(), config=SMALL)
 
 
+def test_lists_of_several_dtypes_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 layers of one factor: their P is exact, their sums are not in bf16."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    wide, narrow = layers(), tuple(ts[len(PAIRS) :] for ts in layers(torch.bfloat16))
+    check(apply_damped_inverse, tuple([*a, *b] for a, b in zip(wide, narrow, strict=True)))  # type: ignore[arg-type]
+
+
 def test_tables_are_kept_for_the_same_tensors_only() -> None:
     grads, of_a, of_g = layers()
     updates = [torch.empty_like(d) for d in grads]
@@ -196,7 +203,7 @@ def test_tables_are_kept_for_the_same_tensors_only() -> None:
 @pytest.mark.parametrize("block", [16, 64])
 def test_work_covers_every_tile_once_longest_first(block: int) -> None:
     grads, of_a, of_g = layers()
-    work = flat_work_of(grads, grads, of_a, of_g, block)
+    work = work_of(grads, grads, of_a, of_g, block)
     tiles: set[tuple[int, ...]] = set()
     for m, row in enumerate(work.matrices.tolist()):
         if row[12] != 2:

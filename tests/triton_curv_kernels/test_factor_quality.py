@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.offline import MACHINES, Arch, Launch, Report, dry_launches, report
+from tests.support.offline import MACHINES, Arch, Launch, Report, dry_launches, report, wide_loads
 from triton_curv_kernels.backend import DeviceLimits
 from triton_curv_kernels.factor import FactorConfig, FactorProblem, default_config, launch_accumulate_factor_
 from triton_curv_kernels.factor_group import launch_accumulate_factors_
@@ -36,16 +36,6 @@ def check(launches: list[Launch]) -> list[Report]:
         assert each.fits_shared, each
         assert each.counts["ATOM"] == each.counts["atomic"] == 0, each
     return reports
-
-
-def wide_loads(launch: Launch) -> int:
-    """16-byte loads from global memory, to registers or to shared memory."""
-    asm = launch.compiled.asm
-    if "amdgcn" in asm:
-        return sum("load_dwordx4" in line for line in asm["amdgcn"].splitlines())
-    text: str = asm["ptx"]
-    vectors = ("ld.global.v4.b32", "ld.global.v2.b64", "ld.global.L1::evict_last.v4", "cp.async.cg.shared.global")
-    return sum(any(vector in line for vector in vectors) for line in text.splitlines())
 
 
 @every_arch

@@ -1,6 +1,7 @@
 """`accumulate_patch_factor_`: its Triton kernels in the interpreter, its configurations, its way through torch."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.support.offline import TracedKernels, traced_kernels
 from tests.support.patches import Setting
 from tests.support.poison import poisoned, poisoned_allocations
 from tests.triton_curv_kernels.test_patch_reference import geometry_of
-from triton_curv_kernels import UnsupportedInputError, accumulate_patch_factor_
+from triton_curv_kernels import UnsupportedInputError, accumulate_patch_factor_, patch_config
 from triton_curv_kernels import patch as patch_file
 from triton_curv_kernels.backend import VARIABLE, DeviceLimits
 from triton_curv_kernels.patch import (
@@ -23,7 +24,7 @@ from triton_curv_kernels.patch import (
     launch_accumulate_patch_factor_,
     prune,
 )
-from triton_curv_kernels.patch_config import ALGORITHMS
+from triton_curv_kernels.patch_config import ALGORITHMS, beside_a_copy, samples_of_part
 from triton_curv_kernels.patch_geometry import PatchGeometry, displacements
 
 ops = torch.ops.triton_curv
@@ -180,8 +181,8 @@ def test_cpu_graph_equals_eager(backend: str) -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
 
 
-def test_cuda_graph_holds_the_kernels() -> None:
-    """An input that is not channels_last is copied in parts, here two, each with its launches."""
+def test_cuda_graph_holds_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input that is not channels_last is copied in parts, here four of a sample each, with launches of their own."""
     config = PatchConfig("displacement", 64, 32, 2)
 
     def displaced(factor: Tensor, input: Tensor) -> None:
@@ -192,7 +193,9 @@ def test_cuda_graph_holds_the_kernels() -> None:
         return [factor, input.to(memory_format=torch.channels_last)]
 
     assert traced_kernels(displaced, channels_last) == TracedKernels(2, [])
-    assert traced_kernels(displaced, lambda: arguments("cuda")) == TracedKernels(4, [])
+    assert traced_kernels(displaced, lambda: arguments("cuda")) == TracedKernels(2, [])
+    monkeypatch.setattr(patch_config, "SMALL_COPY", 0)
+    assert traced_kernels(displaced, lambda: arguments("cuda")) == TracedKernels(4 * 2, [])
     assert traced_kernels(step, channels_last).opaque == []
 
 
@@ -283,6 +286,21 @@ def test_default_is_one_of_the_pruned_configs_and_needs_little_memory(dtype: tor
             config = default_config(asked)
             assert config in prune(CONFIGS, asked)
             assert 4 * config.workspace(asked) <= 0.05 * asked.patch_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_and_workspace_take_less_than_5_percent_of_patches(dtype: torch.dtype) -> None:
+    """Of inputs that are not channels_last, in the convolutions of ResNet-50 that have patches."""
+    for limits, samples, (channels, size) in product(
+        (DeviceLimits(), A100, HIP),
+        (32, 256),
+        ((64, 56), (128, 28), (256, 14), (512, 7), (128, 56), (256, 28), (512, 14)),
+    ):
+        asked = problem(samples, channels, size, 1 + (channels * size > 3584), limits, dtype=dtype)
+        config = beside_a_copy(default_config(asked), asked)
+        copied = samples_of_part(asked) * channels * size**2 * dtype.itemsize
+        assert copied + 4 * config.workspace(asked) <= 0.05 * asked.patch_bytes
+        assert samples_of_part(replace(asked, samples=1)) == 1
 
 
 def test_default_algorithm() -> None:

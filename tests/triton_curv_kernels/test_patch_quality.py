@@ -128,14 +128,14 @@ def test_hungriest_config_that_prune_keeps_fits(arch: Arch) -> None:
 
 
 def test_other_layouts_are_copied_in_small_parts() -> None:
-    """Three parts for a 3x3 kernel: a third of the input is 1/27 of the patches. Each is read as channels_last."""
+    """Five parts for a 3x3 kernel: 7 of 32 samples are 1/41 of the patches. Each is read as channels_last."""
     input = empty(32, 64, 56, 56, dtype=torch.bfloat16)
     config = PatchConfig("displacement", 64, 64)
     launches = dry_launches(
         "sm_90",
         lambda: launch_accumulate_patch_factor_(empty(1, 576, 576), input, kernel3(input), config=config),
     )
-    assert [each.name for each in launches] == ["_products_kernel", "_blocks_kernel"] * 3
+    assert [each.name for each in launches] == ["_products_kernel", "_blocks_kernel"] * 5
     assert all(report(each).counts["LDGSTS"] > 0 for each in launches[:2])
 
 

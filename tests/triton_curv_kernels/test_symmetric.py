@@ -21,10 +21,12 @@ from triton_curv_kernels.symmetric import (
     default_config,
     launch_pack_symmetric,
     launch_unpack_symmetric,
+    launch_unpack_symmetric_,
     pack_symmetric,
     packed_offsets,
     prune,
     unpack_symmetric,
+    unpack_symmetric_,
 )
 
 SIZES = [5, 0, 1, 2, 33, 3, 16, 40]
@@ -33,6 +35,19 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 Pack = Callable[..., Tensor]
 Unpack = Callable[..., list[Tensor]]
+
+
+def into_views(
+    unpack: Callable[..., None], packed: Tensor, sizes: list[int], dtype: torch.dtype, scale: Any = 1.0
+) -> list[Tensor]:
+    """Matrices in one piece of memory, with room between their rows that stays as it is."""
+    widest = max(sizes) + 1
+    memory = torch.full((len(sizes), widest, widest + 7), float("nan"), dtype=dtype)
+    views = [memory[i, :n, :n] for i, n in enumerate(sizes)]
+    unpack(views, packed, scale)
+    assert memory.isnan().sum() == memory.numel() - sum(n * n for n in sizes)
+    return [view.contiguous() for view in views]
+
 
 both = pytest.mark.parametrize(
     ("pack", "unpack"),
@@ -43,6 +58,13 @@ both = pytest.mark.parametrize(
             partial(launch_pack_symmetric, config=TILES),
             partial(launch_unpack_symmetric, config=TILES),
             id="small tiles",
+            marks=pytest.mark.interpreter,
+        ),
+        pytest.param(pack_symmetric, partial(into_views, unpack_symmetric_), id="into views"),
+        pytest.param(
+            launch_pack_symmetric,
+            partial(into_views, launch_unpack_symmetric_),
+            id="launch into views",
             marks=pytest.mark.interpreter,
         ),
     ],

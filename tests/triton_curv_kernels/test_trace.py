@@ -56,6 +56,7 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "accumulate_factor_ without rows": (ops.accumulate_factor_, (factor, rows[:0], 1.0, 0.0, True)),
         "pack_symmetric": (ops.pack_symmetric, ([factor, factor[:4, :4]], torch.bfloat16, 2.0)),
         "unpack_symmetric": (ops.unpack_symmetric, (torch.randn(9), [3, 2], torch.float16, 0.5)),
+        "unpack_symmetric_": (ops.unpack_symmetric_, ([factor, factor[:4, :4].clone()], torch.randn(38), 0.5)),
         "momentum_update_": (ops.momentum_update_, tuple(lists)),
     }
 
@@ -132,3 +133,18 @@ def test_float64_takes_the_reference_on_any_device(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="active drivers"):
         step(*tensors())
     torch.testing.assert_close([step_in_float64(*wide), wide], [results, expected], rtol=0, atol=0)
+
+
+def test_graphs_of_other_sources_have_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches on disk know an op by its name: the digest of our files is an argument of it."""
+    keys: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        keys.extend(str(node.args[-1]) for node in graph.graph.nodes if "pack_symmetric" in str(node.target))
+        return graph.forward
+
+    for source in ("before", "after"):
+        monkeypatch.setattr("triton_curv_kernels.choice._source", lambda source=source: source)
+        torch._dynamo.reset()
+        torch.compile(lambda m: pack_symmetric([m], torch.float32), backend=backend, fullgraph=True)(torch.eye(3))
+    assert [key.partition(":")[0] for key in keys] == ["before", "after"]

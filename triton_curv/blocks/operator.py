@@ -56,7 +56,11 @@ def solving_cost(operator: Operator, matrix: Tensor) -> Cost:
 
 def solved(operator: Operator, matrix: Tensor) -> Tensor:
     """G^-1 D A^-1, or F^-1 D, or Q_G (gains * Q_G^T D Q_A) Q_A^T, (batch, rows, columns)."""
-    left, right, gains, whole, _ = operator
+    left, right, gains, whole, forms = operator
+    if forms is not None:
+        out = torch.empty_like(matrix)
+        solve(operator, matrix, out)
+        return out
     if not whole:
         return times_right(times_left(left, matrix), right)
     of_G, of_A = left[0], right[0] if right else None

@@ -1,8 +1,10 @@
 """Inverses: `damped_inverse_` and `apply_damped_inverse`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from triton_curv_kernels import (
 from triton_curv_kernels.apply_inverse import ApplyConfig, ApplyProblem
 from triton_curv_kernels.backend import device_limits
 from triton_curv_kernels.damped_inverse import DampedInverseConfig, DampedInverseProblem
+
+P = TypeVar("P")
+C = TypeVar("C")
 
 DAMPING = 0.03  # of the mean eigenvalue
 
@@ -133,40 +138,49 @@ APPLY_EXAMPLES = tuple(
     )
 )
 
-DAMPED_INVERSE = register(
-    Op(
-        name="damped_inverse_",
-        problem=DampedInverseProblem,
-        config=DampedInverseConfig,
-        configs=damped_inverse.CONFIGS,
-        prune=damped_inverse.prune,
-        default=damped_inverse.default_config,
-        bucket=bucket,
-        numerics=damped_inverse.NUMERICS,
-        modules=(damped_inverse, damped_inverse_config, damped_inverse_kernels, damped_inverse_work),
-        make_inputs=make_inputs,
-        launch=launch,
-        reference=reference,
-        describe=describe,
-        examples=EXAMPLES,
-    )
-)
 
-APPLY_DAMPED_INVERSE = register(
-    Op(
-        name="apply_damped_inverse",
-        problem=ApplyProblem,
-        config=ApplyConfig,
-        configs=apply_inverse.CONFIGS,
-        prune=apply_inverse.prune,
-        default=apply_inverse.default_config,
-        bucket=apply_bucket,
-        numerics=apply_inverse.NUMERICS,
-        modules=(apply_inverse, apply_inverse_config, apply_inverse_kernels, apply_inverse_work),
-        make_inputs=apply_inputs,
-        launch=apply_launch,
-        reference=apply_reference,
-        describe=apply_describe,
-        examples=APPLY_EXAMPLES,
+def _declare(
+    name: str, kernel: ModuleType, problem: type[P], config: type[C], parts: Sequence[ModuleType], **ways: Any
+) -> Op[P, C]:
+    """An op whose file `kernel` names its configurations; `parts` are the files beside it."""
+    return register(
+        Op(
+            name=name,
+            problem=problem,
+            config=config,
+            configs=kernel.CONFIGS,
+            prune=kernel.prune,
+            default=kernel.default_config,
+            numerics=kernel.NUMERICS,
+            modules=(kernel, *parts),
+            **ways,
+        )
     )
+
+
+DAMPED_INVERSE = _declare(
+    "damped_inverse_",
+    damped_inverse,
+    DampedInverseProblem,
+    DampedInverseConfig,
+    (damped_inverse_config, damped_inverse_kernels, damped_inverse_work),
+    bucket=bucket,
+    make_inputs=make_inputs,
+    launch=launch,
+    reference=reference,
+    describe=describe,
+    examples=EXAMPLES,
+)
+APPLY_DAMPED_INVERSE = _declare(
+    "apply_damped_inverse",
+    apply_inverse,
+    ApplyProblem,
+    ApplyConfig,
+    (apply_inverse_config, apply_inverse_kernels, apply_inverse_work),
+    bucket=apply_bucket,
+    make_inputs=apply_inputs,
+    launch=apply_launch,
+    reference=apply_reference,
+    describe=apply_describe,
+    examples=APPLY_EXAMPLES,
 )
