@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from triton_curv.augment import RandomErasing, RunningMixup
+from triton_curv.blocks import LayerOptions
 from triton_curv.damping import ConstantDamping, DampingRule, WarmupDamping
 from triton_curv.errors import ConfigurationError
 from triton_curv.optimizers.kfac import KFAC
@@ -98,7 +99,9 @@ class Osawa2019:
             "factor_decay": 0.0,
             "factor_interval": every,
             "inverse_interval": 1 if self.stale == "adaptive" else every,
+            "inverse": "cholesky",
             "norm_fisher": "unit",
+            "max_output_dim": LayerOptions().max_factor_dim,  # a whole G in the classifier, too
             "rescale": "paper",
             "fallback": "sgd",
             "groups": [{"modules": norms, "damping": self.norm_damping}] if norms and self.warmup_damping else [],

@@ -413,6 +413,10 @@ def test_recipe_marks_what_is_ours() -> None:
     assert {"BN damping multiplier", "warm-up steps", "first damping", "osawa_growing"} <= set(older.ours)
 
 
+def test_recipe_takes_whole_factors() -> None:
+    assert "G 1x100x100" in str(osawa2019(4096).optimizer(nn.Linear(3, 100)).explain())
+
+
 @pytest.mark.parametrize("stale", ["none", "epoch", "adaptive"])
 @pytest.mark.parametrize("warmup", [False, True])
 def test_recipe_trains(stale: Any, warmup: bool) -> None:
