@@ -133,7 +133,7 @@ def run(
     progress: Progress,
     keep: Callable[[Row], None] = lambda row: None,
 ) -> None:
-    """Measure, printing each line as it comes; `keep` gets each row. Ends early, with ops `left`, if CUDA is spoiled."""
+    """Measure, printing each line as it comes; `keep` gets each row. If CUDA is spoiled, some ops stay `left`."""
     end = time.monotonic() + budget
     roofs = measure_roofs(device, stopwatch_for(device))
     print(

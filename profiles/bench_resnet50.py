@@ -165,7 +165,8 @@ def main() -> int:
         return 3
     setup = Setup(arguments.batch, arguments.image, torch.device("cuda"), not arguments.no_compile)
     for row in measure(setup, arguments.rounds, arguments.budget):
-        print(f"{row['optimizer']:8} {row['stage']:18} {row['ms']:10.2f} ms {row['ratio']:8.3f} x SGD's step", flush=True)
+        line = f"{row['optimizer']:8} {row['stage']:18} {row['ms']:10.2f} ms {row['ratio']:8.3f} x SGD's step"
+        print(line, flush=True)
         append_rows(arguments.csv, [row], setup.device)
     return 0
 

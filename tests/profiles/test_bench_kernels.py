@@ -85,7 +85,7 @@ def test_breakage_and_lack_of_time_are_reported_and_rows_are_appended(
 
 
 class Replaced(BaseException):
-    """This process would be another one now."""
+    """Raised in place of becoming another process."""
 
 
 def test_what_spoils_cuda_costs_one_op_and_a_new_process_goes_on_with_the_others(
@@ -128,7 +128,9 @@ def test_what_spoils_cuda_costs_one_op_and_a_new_process_goes_on_with_the_others
             bench_kernels.main()
     assert bench_kernels.main() == 1
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing: ")]
-    assert missing == ["missing: b: RuntimeError: CUDA error: an illegal memory access was encountered -- see the manual"]
+    assert missing == [
+        "missing: b: RuntimeError: CUDA error: an illegal memory access was encountered -- see the manual"
+    ]
     with (tmp_path / "k.csv").open() as file:
         rows = [f"{row['op']} {row['case']}" for row in csv.DictReader(file)]
     assert rows == ["a first", "a second", "b first", "c first", "c second"]

@@ -1,5 +1,7 @@
 """gpu_check's parts, time limits and summary, with commands that need no GPU."""
 
+import os
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -130,7 +132,7 @@ def test_the_summary_names_every_part(
     summary = (tmp_path / "summary.txt").read_text()
     head, *ends = summary.splitlines()[-3:]
     assert head.startswith("Some GPU, 7 SMs, torch ")
-    assert ["tests       ok", "kernels     failed (exit 1)"] == [end[: -len("    60 s")].rstrip() for end in ends]
+    assert [end[: -len("    60 s")].rstrip() for end in ends] == ["tests       ok", "kernels     failed (exit 1)"]
     assert "ZeroDivisionError" in summary
     assert summary in capsys.readouterr().out
 
@@ -216,3 +218,23 @@ def test_a_part_takes_the_processes_that_it_started_with_it(tmp_path: Path) -> N
     while running(int(outcome.tail[0])):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_parts_need_none_of_what_a_machine_lent_for_a_while_lacks() -> None:
+    """The tuning store has a folder there; stages show in the profiler."""
+    modules = ["bench_kernels", "bench_resnet50", "bench_steps", "bench_damped_inverse", "bench_resolve", "gpu_check"]
+    code = f"""
+import os
+import subprocess
+import sys
+sys.modules["nvtx"] = sys.modules["platformdirs"] = None
+import importlib
+for name in {modules}:
+    importlib.import_module("profiles." + name)
+import triton_curv.cli.app
+from triton_curv_autotune.store import default_store
+print(default_store().root)
+"""
+    environment = {**os.environ, "TRITON_CURV_CACHE_DIR": "/named", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["/named"], done.stderr
