@@ -60,7 +60,7 @@ class Curvature:
         shapes = [dict(rule.factor_shapes) for rule in rules.values()]
         tolerance = options.tolerance_on(device, alone=exchange.held is None and regions.compiling is None)
         self.store = FactorStore(shapes, dtype, device, options.inverse, exchange.held, tolerance)
-        self.store_number = register_store(self.store)
+        self.store_name = register_store(self.store)
         if options.adaptive is not None:
             self.store.keep_recent()
         self.parts = refresh_parts(self.store, options.refresh_budget)

@@ -420,7 +420,7 @@ class KFAC(Rebuilt):
         options, curvature, plan = self.options, self._curvature, self._plan
         blind = closure is None and evaluate is None and not (options.damping_rule.interval or options.adaptive)
         store, rows = self._store, self._hyper.rows
-        stay_traceable(curvature.store_number, blind, isinstance(self._exchange, Alone))
+        stay_traceable(curvature.store_name, blind, isinstance(self._exchange, Alone))
         self._exchange.gradients_(self._params)
         if plan.fold and options.fisher != "empirical":
             store.unstash()

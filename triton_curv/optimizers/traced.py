@@ -49,7 +49,7 @@ class Host(Protocol):
 
 
 _hosts: WeakValueDictionary[int, Host] = WeakValueDictionary()
-_stores: WeakValueDictionary[int, FactorStore] = WeakValueDictionary()
+_stores: WeakValueDictionary[str, FactorStore] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -73,11 +73,11 @@ def _(written: list[Tensor], pending: Tensor, number: int, with_gradients: list[
     return None
 
 
-def register_store(store: FactorStore) -> int:
-    """A number for a store, likewise."""
-    number = next(_numbers)
-    _stores[number] = store
-    return number
+def register_store(store: FactorStore) -> str:
+    """A name for a store, likewise."""
+    name = str(next(_numbers))
+    _stores[name] = store
+    return name
 
 
 def begin_step_(written: list[Tensor], pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
@@ -100,19 +100,19 @@ def require_gradients(names: Mapping[Any, str], params: Sequence[Tensor]) -> Non
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def _stay_dense(number: int) -> bool:
-    """By number: before torch 2.13 such a function takes constants only."""
+def _stay_dense(store: str) -> bool:
+    """By name: before torch 2.13 such a function takes constants only."""
     with unset_fake_temporarily(), torch.no_grad():
-        _stores[number].stay_dense_()
+        _stores[store].stay_dense_()
     return True
 
 
-def stay_traceable(number: int, blind: bool, alone: bool) -> None:
-    """The store of this number makes no low-rank forms from now on, whose ranks are chosen on the host.
+def stay_traceable(store: str, blind: bool, alone: bool) -> None:
+    """The store of this name makes no low-rank forms from now on, whose ranks are chosen on the host.
 
     Raises ConfigurationError for a step in a graph that has to look at values or to wait for other ranks.
     """
-    _stay_dense(number)
+    _stay_dense(store)
     if not alone:
         raise ConfigurationError(ONE_RANK)
     if not blind:
