@@ -71,7 +71,7 @@ def accumulate_factors_reference(
 
 def _diagonal(factor: Tensor, rows: Tensor, ones: bool) -> Tensor:
     packed = factor.dim() < rows.dim()
-    return torch.cat(packed_diagonal(factor, rows.shape[-1] + ones), -1) if packed else factor.diagonal(0, -2, -1)
+    return torch.cat(packed_diagonal(factor, rows.shape[-1] + int(ones)), -1) if packed else factor.diagonal(0, -2, -1)
 
 
 @on_own_device
