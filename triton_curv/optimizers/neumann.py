@@ -27,7 +27,7 @@ from triton_curv.optimizers.neumann_step import (
 )
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.traced import begin_step_, register
-from triton_curv.optimizers.watchers import hooked, watched
+from triton_curv.optimizers.watchers import watchable
 from triton_curv.sharding.ranks import mesh_of
 from triton_curv.sharding.weights import local_of
 from triton_curv_kernels.neumann import neumann_update_
@@ -197,6 +197,8 @@ class Neumann(Optimizer):
             dtype = torch.float64 if wide else torch.float32
             self._written = None
             self._rows[:] = [torch.zeros(len(self._groups), len(SLOTS), dtype=dtype, device=distance.device)]
+            if self._graphs is not None:
+                self._graphs.settle([*m, *v, self._groups[-1].distance, *self._rows])
             self._plan()
 
     @overload
@@ -205,6 +207,8 @@ class Neumann(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @watchable
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step with the gradients at the displaced weights; returns the loss of `closure`, if there is one.
 
@@ -213,10 +217,6 @@ class Neumann(Optimizer):
             SparseGradientError: a gradient is sparse.
 
         """
-        return self._watched_step(closure) if watched(self) else self._step(closure)
-
-    @torch.no_grad()
-    def _step(self, closure: Callable[[], float] | None) -> float | None:
         if torch.compiler.is_compiling():
             if closure is not None:
                 raise ConfigurationError("expected no closure in a compiled step: use Neumann(..., compile=True)")
@@ -234,8 +234,6 @@ class Neumann(Optimizer):
         self._opt_called = True  # what a scheduler's wrapper would note
         self._take_step()
         return loss
-
-    _watched_step = hooked(_step)
 
     @stage("step", payload=lambda optimizer: optimizer.param_groups[0]["step"])
     def _take_step(self) -> None:
@@ -424,9 +422,8 @@ class Neumann(Optimizer):
         self._plan()
 
 
-# A scheduler wraps `step` to see that it is called; compiled before that, `step` would be called unseen. "hooked": see
-# `watchers.hooked`.
-vars(Neumann.step).update(_wrapped_by_lr_sched=True, hooked=True)
+# A scheduler wraps `step` to see that it is called; compiled before that, `step` would be called unseen.
+vars(Neumann.step)["_wrapped_by_lr_sched"] = True
 
 
 def _with_gradients(grads: Sequence[Gradients]) -> list[int]:

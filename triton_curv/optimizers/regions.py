@@ -111,6 +111,7 @@ class Regions:
         self.fold = self._maybe_compiled(fold_, library)
         self.refresh = self._maybe_compiled(refresh_, library)
         self._apply = None if compiling is None else Graphs(apply_in_graph_, compiling)
+        self._settled = False
 
     def apply(
         self,
@@ -134,6 +135,9 @@ class Regions:
             arguments = in_graph, others, hyper.steps, samples, skipped, options
             if torch.compiler.is_compiling() or self._apply is None:
                 return apply_in_graph_(*arguments)
+            if not self._settled:
+                self._apply.settle(tensor for group in matrices for tensor in group.settled())
+                self._settled = True
             blocks = tuple(tuple(row.number for row in each.rows) for each in in_graph)
             return self._apply((blocks, tuple(len(each.params) for each in others)), *arguments)
         active = [(group.active(), row) for group, row in with_blocks]

@@ -1,22 +1,13 @@
 """Steps without torch's wrapper around `Optimizer.step` where it has nothing to do: no hooks, no profiler."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.optim import Optimizer, optimizer
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def hooked(step: F) -> F:
-    """`step` inside the range and the hooks that torch puts around it.
-
-    `torch.optim.Optimizer` wraps the `step` of a class when the first optimizer is made. The public `step` of a class
-    that calls this itself has the attribute `hooked`, by which torch knows that.
-    """
-    wrapped: F = Optimizer.profile_hook_step(step)
-    return wrapped
 
 
 def watched(of: Optimizer) -> bool:
@@ -29,3 +20,19 @@ def watched(of: Optimizer) -> bool:
         or optimizer._global_optimizer_pre_hooks
         or optimizer._global_optimizer_post_hooks
     )
+
+
+def watchable(step: F) -> F:
+    """The range and the hooks that torch puts around an optimizer's `step`, where anything looks at it.
+
+    torch wraps the `step` of every class, unless it has the attribute `hooked`. With cold caches its range takes 0.05
+    to 0.15 ms, as long as the update of a small model.
+    """
+    inside = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def run(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return (inside if watched(self) else step)(self, *args, **kwargs)
+
+    vars(run)["hooked"] = True
+    return cast("F", run)
