@@ -12,8 +12,8 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from triton_curv.costs import Cost
 from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
+from triton_curv.graphs import Graphs
 from triton_curv.nvtx import stage
-from triton_curv.optimizers.graphs import Graphs
 from triton_curv.optimizers.hyper import write_rows_
 from triton_curv.optimizers.neumann_step import (
     SLOTS,
@@ -237,12 +237,12 @@ class Neumann(Optimizer):
 
     @stage("step", payload=lambda optimizer: optimizer.param_groups[0]["step"])
     def _take_step(self) -> None:
-        groups = [group for group in self.param_groups if group["params"]]
         grads = gradients_of(self._groups)
         _refuse_sparse(grads)
         if self._graphs is not None:
             self._take_compiled_step(self._graphs, grads)
             return
+        groups = [group for group in self.param_groups if group["params"]]
         distances = [group["distance"] for group in groups]
         if len(groups) > 1:
             distances = [norm(distances)] * len(groups)
@@ -252,10 +252,10 @@ class Neumann(Optimizer):
             _sum_over(self._shards, [group["distance"] for group in moved])
         self._plan()
 
-    def _take_compiled_step(self, graphs: Graphs, grads: list[Gradients]) -> None:
+    def _take_compiled_step(self, graphs: Graphs[None], grads: list[Gradients]) -> None:
         self._refuse_shards()
         plans = self._planned()  # somebody may have changed a group since the last step
-        kind = tuple((plan.key(), *[grad is None for grad in found]) for plan, found in zip(plans, grads, strict=True))
+        kind = *[plan.key() for plan in plans], *[grad is None for found in grads for grad in found]
         self._write(self._rows[0], _with_gradients(grads))
         self._plan()
         graphs(kind, self._groups, grads, plans, self._rows[0])
@@ -265,7 +265,7 @@ class Neumann(Optimizer):
             raise ConfigurationError("a compiled step expects parameters that are whole on each rank, got DTensors")
 
     def _variables(self) -> int:
-        return sum(p.numel() for group in self.param_groups for p in group["params"] if p.requires_grad)
+        return sum([p.numel() for group in self.param_groups for p in group["params"] if p.requires_grad])
 
     def _planned(self) -> list[Plan]:
         """What the next step of each group will be."""
@@ -432,9 +432,10 @@ def _with_gradients(grads: Sequence[Gradients]) -> list[int]:
 
 
 def _refuse_sparse(grads: Sequence[Gradients]) -> None:
-    for grad in (grad for found in grads for grad in found):
-        if grad is not None and grad.layout != torch.strided:
-            raise SparseGradientError(f"expected dense gradients, got one of layout {grad.layout}")
+    for found in grads:
+        for grad in found:
+            if grad is not None and grad.layout != torch.strided:
+                raise SparseGradientError(f"expected dense gradients, got one of layout {grad.layout}")
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ Functions of tensors without a look at any value: each compiles as one graph and
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,16 +13,15 @@ from torch import Tensor
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.blocks.centre import Mean, centre_, gradients_of_biases, means_of
+from triton_curv.graphs import Graphs
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import LooseGroup
 from triton_curv.optimizers.graph_apply import apply_in_graph_
-from triton_curv.optimizers.graphs import Graphs
 from triton_curv.optimizers.hyper import HyperParameters
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import MatrixGroup
-from triton_curv.optimizers.traced import REGION
 
 Region = Callable[..., Any]
 
@@ -148,5 +148,4 @@ class Regions:
     def _maybe_compiled(self, region: Region, default: Mapping[str, Any]) -> Region:
         if self.compiling is None:
             return region
-        compiled: Region = torch.compile(region, **{**REGION, **default, **self.compiling})
-        return compiled
+        return partial(Graphs(region, {**default, **self.compiling}), None)
