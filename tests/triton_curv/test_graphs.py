@@ -56,7 +56,8 @@ def test_numbers_and_sizes_that_differ_between_optimizers_stay_constants() -> No
         for _ in range(2):
             graphs("all", [torch.zeros(size)], [torch.ones(size)], size)
     assert counters["stats"]["unique_graphs"] == 3
-    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(graphs._compiled._torchdynamo_orig_callable)  # type: ignore[attr-defined]
+    function: Any = graphs._compiled
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(function._torchdynamo_orig_callable)
     assert "SYMBOLIC_SHAPE_GUARD" not in str(entry.guard_manager)
 
 
@@ -72,10 +73,12 @@ def test_state_goes_with_its_optimizer(name: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = OPTIMIZERS[name](model, {"backend": "aot_eager"})
     step(model, optimizer, 3)
-    state = weakref.ref(optimizer._matrices[0].rows[0].momentum if name == "kfac" else optimizer._groups[0].exp_avgs[0])  # type: ignore[attr-defined]
+    found: Any = optimizer
+    state = weakref.ref(found._matrices[0].rows[0].momentum if name == "kfac" else found._groups[0].exp_avgs[0])
     assert counters["stats"]["unique_graphs"]
-    del optimizer, model  # K-FAC lives as long as the model that has its taps
-    gc.collect()
+    del found, optimizer, model  # K-FAC lives as long as the model that has its taps
+    gc.collect()  # the optimizer,
+    gc.collect()  # and the graphs that went with it
     assert state() is None
 
 
