@@ -39,7 +39,8 @@ class Graphs(Generic[T]):
         options = {} if chosen else {"options": dict(OPTIONS)}
         copied = _copied(function)
         self._compiled: Callable[..., T] = torch.compile(copied, **{**options, **arguments})
-        weakref.finalize(self, torch._dynamo.eval_frame.reset_code, copied.__code__).atexit = False
+        reset_code = torch._dynamo.reset_code  # type: ignore[attr-defined]  # a re-export
+        weakref.finalize(self, reset_code, copied.__code__).atexit = False
         self._strict = bool(arguments.get("fullgraph", True))
         self._known: set[Hashable] = set()
 
