@@ -389,8 +389,6 @@ class KFAC(Rebuilt):
         self._take_step(self._steps, evaluate)
         return loss
 
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
-
     @stage("step", payload=lambda optimizer, steps, evaluate: steps)
     def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature

@@ -422,10 +422,6 @@ class Neumann(Optimizer):
         self._plan()
 
 
-# A scheduler wraps `step` to see that it is called; compiled before that, `step` would be called unseen.
-vars(Neumann.step)["_wrapped_by_lr_sched"] = True
-
-
 def _with_gradients(grads: Sequence[Gradients]) -> list[int]:
     """The groups in which some parameter has a gradient; the others stand still."""
     return [i for i, found in enumerate(grads) if any(grad is not None for grad in found)]
