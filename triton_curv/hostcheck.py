@@ -9,4 +9,9 @@ def known_true(flags: Tensor) -> bool:
 
     Callers take a short cut when it is True and must be right without it.
     """
-    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flags.all())
+    return on_host(flags) and bool(flags.all())
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a look at the tensor's numbers costs nothing: it lies in the host's memory, and nothing is traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

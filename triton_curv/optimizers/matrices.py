@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from triton_curv.blocks import Block, ConvRule, DenseRule, Rule
-from triton_curv.blocks.operator import Operator
+from triton_curv.blocks.operator import Operator, solves_in_place
 from triton_curv.errors import NoStatisticsError
 from triton_curv.optimizers.graph_apply import GraphRow, GraphWork
 from triton_curv.optimizers.step_size import Sizes
@@ -89,6 +89,12 @@ def root_sizes(rows: Sequence[Row], like: Tensor) -> Tensor:
     return torch.tensor([row.block.matrix_size**0.5 for row in rows], dtype=like.dtype, device=like.device)
 
 
+def with_gradient_in_update(row: Row) -> Row:
+    """A block whose gradient is put where its update will be."""
+    parts = tuple(part._replace(grad=part.update) for part in row.parts)
+    return row._replace(grad=row.update, parts=parts)
+
+
 def graph_row(row: Row) -> GraphRow:
     """A block as a graph takes it."""
     params, fans = [part.param for part in row.parts], [part.fan_out for part in row.parts]
@@ -118,7 +124,12 @@ def momentum_squares(lists: Lists) -> Tensor:
 
 
 class MatrixGroup:
-    """Gradient, update and momentum of the blocks of one parameter group."""
+    """Gradient, update and momentum of the blocks of one parameter group.
+
+    `in_place`: gradients that are preconditioned in place are copied into the buffer of updates at once.
+    """
+
+    in_place = False
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> None:
         sizes = [block.matrix_size for block in blocks]
@@ -179,9 +190,15 @@ class MatrixGroup:
         return active
 
     def _lists(self, rows: list[Row]) -> Lists:
+        operators = [row.block.operator for row in rows]
+        if self.in_place:
+            rows = [
+                with_gradient_in_update(row) if solves_in_place(operator) else row
+                for row, operator in zip(rows, operators, strict=True)
+            ]
         parts = [part for row in rows for part in row.parts]
         return Lists(
-            operators=[row.block.operator for row in rows],
+            operators=operators,
             leaves=[part.param for part in parts],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],
