@@ -116,11 +116,14 @@ class Curvature:
         """The block's factors as they are once pending statistics are folded in."""
         how = self.options.normalisation(self.signal_scale)
         factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
-        blocks = centred_blocks([block]) if self.options.centred else []
+        pending = self.store.held is None  # on several ranks `peek` leaves out what has not been folded
+        blocks = centred_blocks([block]) if self.options.centred and pending else []
         gradients = gradients_of_biases(blocks, self.store.samples)
         counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
         for key, mean in means_of(blocks, gradients, counts, how, self.options.loss_scale).items():
-            weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
+            rows = self.store.rows(key)
+            scale, weight = (vector[rows] for vector in self.store.pending(how))
+            weight = weight * mean.weight(self.store.traces(sums=True)[rows] * scale)
             factors[key.name].sub_(mean.outer(self.store.size(key)) * weight[:, None, None])
         return factors
 
@@ -216,7 +219,7 @@ class Curvature:
             raise NoStatisticsError(
                 f"expected a tapped backward pass through every layer with a gradient, got none for {missed}: was the "
                 "model compiled and run before KFAC was built (then call torch.compiler.reset()), or is the layer's "
-                "forward bypassed?"
+                "forward bypassed, or inside a transform of torch.func?"
             )
 
     def _due(self, steps: int) -> list[bool]:

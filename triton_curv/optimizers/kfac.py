@@ -19,7 +19,7 @@ from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
-from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
+from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of, warn_of_untrained
 from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
@@ -287,12 +287,16 @@ class KFAC(Rebuilt):
         super().add_param_group(param_group)
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
-            check_hyper_parameters(group)
+            try:
+                check_hyper_parameters(group)
+            except ConfigurationError:
+                self.param_groups.pop()
+                raise
             self._late.append(group)
             self._loose.append(LooseGroup.of(group["params"], FALLBACKS[self.options.fallback], self.state))
             self._params += group["params"]
             for p in group["params"]:
-                self._names[p] = f"added parameter {len(self._names)}"
+                self._names.setdefault(p, f"added parameter {len(self._names)}")
                 self._reasons[p] = "added by add_param_group"
             self._hyper = HyperParameters(len(self.param_groups), self._store.samples.dtype, self._store.samples.device)
 
@@ -391,6 +395,7 @@ class KFAC(Rebuilt):
         curvature = self._curvature
         self._exchange.gradients_(self._params)
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
+            warn_of_untrained(self._names, self._params)
             curvature.renew_statistics(steps)
         if curvature.any_seen:
             curvature.renew_inverses(steps)
