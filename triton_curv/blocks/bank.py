@@ -263,7 +263,7 @@ class FactorStore:
         return low_rank.read(self.view("inverses", key)[0]) if may_be else None
 
     def workspace(self, n: int) -> Tensor | None:
-        """(1, n, n) of whatever numbers, the same memory each time: new pages cost more than what is written to them."""
+        """(1, n, n) of whatever numbers, the same memory each time: new pages take longer than what fills them."""
         if n > WIDEST_WORKSPACE:
             return None
         if self._workspace is None or self._workspace.numel() < n * n:

@@ -147,7 +147,7 @@ class KFAC(Rebuilt):
         inverse_interval: int | RefreshSchedule = GROWING,
         refresh_budget: int | None = None,
         inverse: InverseName = "auto",
-        inverse_tolerance: float = 1.0,
+        inverse_tolerance: float = 2.0,
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
         weight_sharing: WeightSharing = "expand",
@@ -240,8 +240,6 @@ class KFAC(Rebuilt):
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         some = self._store.samples
         self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]
-        for each in self._matrices:
-            each.in_place = options.update_size != "kl_clip"  # which multiplies updates with gradients
         self._trials = Trials(model, self._curvature)
         self._hyper = HyperParameters(len(self.param_groups), some.dtype, some.device)
         self._init_state()

@@ -124,12 +124,7 @@ def momentum_squares(lists: Lists) -> Tensor:
 
 
 class MatrixGroup:
-    """Gradient, update and momentum of the blocks of one parameter group.
-
-    `in_place`: gradients that are preconditioned in place are copied into the buffer of updates at once.
-    """
-
-    in_place = False
+    """Gradient, update and momentum of the blocks of one parameter group."""
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> None:
         sizes = [block.matrix_size for block in blocks]
@@ -154,14 +149,19 @@ class MatrixGroup:
         self.params = [part.param for row in self.rows for part in row.parts]
         self.root_sizes, self.fan_scales = root_sizes(self.rows, self.idle), fan_scales(self.rows, self.idle)
 
-    def active(self) -> Lists:
-        """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
+    def active(self, in_place: bool = False) -> Lists:
+        """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one.
+
+        With `in_place` gradients that are preconditioned in place are put into the buffer of updates at once.
+        """
         if self.rows and self.rows[0].block.store.forms != self._forms:  # of the inverses that lists hold
             self._cache.clear()
             self._forms = self.rows[0].block.store.forms
-        present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
+        present = (in_place, *(part.param.grad is not None for row in self.rows for part in row.parts))
         if present not in self._cache:
             rows = [self.rows[i] for i in self._active()]
+            if in_place:
+                rows = [with_gradient_in_update(row) if solves_in_place(row.block.operator) else row for row in rows]
             stale = (self.grads, self.updates) if len(rows) < len(self.rows) else ()
             self._cache[present] = self._lists(rows)._replace(stale=stale)
         return self._cache[present]
@@ -190,15 +190,9 @@ class MatrixGroup:
         return active
 
     def _lists(self, rows: list[Row]) -> Lists:
-        operators = [row.block.operator for row in rows]
-        if self.in_place:
-            rows = [
-                with_gradient_in_update(row) if solves_in_place(operator) else row
-                for row, operator in zip(rows, operators, strict=True)
-            ]
         parts = [part for row in rows for part in row.parts]
         return Lists(
-            operators=operators,
+            operators=[row.block.operator for row in rows],
             leaves=[part.param for part in parts],
             params=[part.param for part in parts],
             grads=[part.grad for part in parts],

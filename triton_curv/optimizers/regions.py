@@ -134,7 +134,8 @@ class Regions:
                 [each for each in graph_work if each is not None], others, hyper.steps, samples, skipped, options
             )
             return finite
-        active = [(group.active(), row) for group, row in with_blocks]
+        in_place = options.update_size != "kl_clip"  # which multiplies updates with gradients
+        active = [(group.active(in_place), row) for group, row in with_blocks]
         work = [Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], row) for lists, row in active]
         finite = apply_([each for each in work if each.grads], others, hyper.steps, samples, skipped, options, exchange)
         return finite
