@@ -67,12 +67,18 @@ def _column(loose: Loose, name: str) -> list[Tensor]:
     return [state[name] for state in loose.states]
 
 
+def _fits_one_pass(loose: Loose) -> bool:
+    """Whether torch's fused AdamW takes these tensors: fp32, in the same order in memory, which it does not check."""
+    tensors = [*loose.params, *loose.grads, *_column(loose, "exp_avg"), *_column(loose, "exp_avg_sq")]
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
 def _fused_adamw_(loose: Loose) -> None:
     """AdamW in one pass over memory: torch's own, on the host, where its arguments are known."""
     steps = _column(loose, "step")
     torch._foreach_add_(steps, 1.0)
     row = loose.hyper.tolist()
-    torch._fused_adamw_(  # type: ignore[attr-defined]  # private, but what torch.optim.AdamW(fused=True) calls
+    torch._fused_adamw_(  # private, but what torch.optim.AdamW(fused=True) calls
         loose.params,
         loose.grads,
         _column(loose, "exp_avg"),
@@ -105,9 +111,7 @@ class AdamWFallback:
     @stage("update", payload=lambda rule, loose, fine: update_cost(sum(p.numel() for p in loose.params)))
     def update(self, loose: Loose, fine: Tensor) -> None:
         """The rule by foreach functions; of lists of 0-dim tensors, which nobody reads on the host."""
-        if known_true(fine) and all(
-            p.dtype == g.dtype == torch.float32 for p, g in zip(loose.params, loose.grads, strict=True)
-        ):
+        if known_true(fine) and _fits_one_pass(loose):
             _fused_adamw_(loose)
             return
         hyper, happens, count = loose.hyper, fine.to(loose.hyper.dtype), len(loose.params)
