@@ -147,7 +147,7 @@ class KFAC(Rebuilt):
         inverse_interval: int | RefreshSchedule = GROWING,
         refresh_budget: int | None = None,
         inverse: InverseName = "auto",
-        inverse_tolerance: float = 2.0,
+        inverse_tolerance: float = 3.0,
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
         weight_sharing: WeightSharing = "expand",
