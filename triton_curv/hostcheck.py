@@ -9,7 +9,7 @@ def known_true(flags: Tensor) -> bool:
 
     Callers take a short cut when it is True and must be right without it.
     """
-    return on_host(flags) and bool(flags.all())
+    return on_host(flags) and bool(flags if flags.dim() == 0 else flags.all())
 
 
 def on_host(tensor: Tensor) -> bool:
