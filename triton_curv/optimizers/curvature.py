@@ -219,7 +219,7 @@ class Curvature:
             raise NoStatisticsError(
                 f"expected a tapped backward pass through every layer with a gradient, got none for {missed}: was the "
                 "model compiled and run before KFAC was built (then call torch.compiler.reset()), or is the layer's "
-                "forward bypassed?"
+                "forward bypassed, or inside a transform of torch.func?"
             )
 
     def _due(self, steps: int) -> list[bool]:

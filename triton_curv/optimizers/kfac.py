@@ -14,12 +14,12 @@ from triton_curv.health import health_of
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import InverseName
 from triton_curv.nvtx import stage
-from triton_curv.optimizers.copies import Rebuilt
+from triton_curv.optimizers.copies import Rebuilt, release_with, weakly
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
-from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
+from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of, warn_of_untrained
 from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
@@ -232,11 +232,12 @@ class KFAC(Rebuilt):
         dtype = torch.float64 if wide else torch.float32
         compiled = self._regions.compiling is not None
         self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype, compiled)
-        clock = self.param_groups[0]
+        clock, rows = self.param_groups[0], weakly(self._current_rows)
         groups = [i for i, names in enumerate(blocks_of) for _ in names]
         self._curvature = Curvature(
-            model, ordered, options, self._scaler, clock, self._current_rows, groups, self._exchange, self._regions
+            model, ordered, options, self._scaler, clock, rows, groups, self._exchange, self._regions
         )
+        release_with(self, self._curvature.handles)
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         some = self._store.samples
         self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]
@@ -285,12 +286,16 @@ class KFAC(Rebuilt):
         super().add_param_group(param_group)
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
-            check_hyper_parameters(group)
+            try:
+                check_hyper_parameters(group)
+            except ConfigurationError:
+                self.param_groups.pop()
+                raise
             self._late.append(group)
             self._loose.append(LooseGroup.of(group["params"], FALLBACKS[self.options.fallback], self.state))
             self._params += group["params"]
             for p in group["params"]:
-                self._names[p] = f"added parameter {len(self._names)}"
+                self._names.setdefault(p, f"added parameter {len(self._names)}")
                 self._reasons[p] = "added by add_param_group"
             self._hyper = HyperParameters(len(self.param_groups), self._store.samples.dtype, self._store.samples.device)
 
@@ -389,6 +394,7 @@ class KFAC(Rebuilt):
         curvature = self._curvature
         self._exchange.gradients_(self._params)
         if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
+            warn_of_untrained(self._names, self._params)
             curvature.renew_statistics(steps)
         if curvature.any_seen:
             curvature.renew_inverses(steps)
