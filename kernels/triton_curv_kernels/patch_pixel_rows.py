@@ -1,6 +1,7 @@
 """Convolutions with a kernel of one pixel, whose patches are pixels: launches of factor.py, or over rows of pixels."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import triton
 from torch import Tensor
 
 from triton_curv_kernels.backend import device_limits, wrap_triton
-from triton_curv_kernels.choice import choose_once
+from triton_curv_kernels.choice import choose_once, with_hints
 from triton_curv_kernels.factor import _finish_kernel, compiled_precision, launch_accumulate_factor_
 from triton_curv_kernels.factor_config import SPLITS, FactorConfig, FactorProblem, default_config
 from triton_curv_kernels.patch_config import RATES, WORKSPACE_SHARE
@@ -86,6 +87,7 @@ def workspace_bytes(config: FactorConfig, problem: FactorProblem) -> int:
     return 4 * config.SPLIT_K * programs_of(config, problem) * config.BLOCK_N**2 if config.SPLIT_K > 1 else 0
 
 
+@lru_cache(maxsize=1024)
 def within_memory(config: FactorConfig, problem: FactorProblem) -> FactorConfig:
     """`config`, or if its workspace takes 5 % of the pixels the fastest with less, by an estimate: smaller tiles."""
     pixel_bytes = problem.batch * problem.k * problem.n * problem.dtype.itemsize
@@ -121,10 +123,9 @@ def launch_pixels_(
     """`accumulate_patch_factor_` if patches are pixels, without a copy of any layout; factor (groups, n', n')."""
     groups = factor.shape[0]
     call = (input.shape, input.stride(), input.dtype, input.device, groups, geometry, ones)
-    problem = pixel_problem(input, geometry, groups, ones)
-    config = within_memory(
-        choose_once("accumulate_factor_", ("pixels", *call), lambda: problem, default_config), problem
-    )
+    problem = with_hints(pixel_problem(input, geometry, groups, ones))
+    chosen = choose_once("accumulate_factor_", ("pixels", *call), lambda: problem, default_config)
+    config = within_memory(chosen, problem)
     if (matrix := pixel_matrix(input, geometry, groups)) is not None:
         launch_accumulate_factor_(factor[0], matrix, alpha, beta, ones, config)
         return
