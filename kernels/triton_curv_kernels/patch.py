@@ -200,7 +200,7 @@ def _check_shapes(factor: Tensor, input: Tensor, geometry: PatchGeometry, ones: 
             f"(groups, n', n') whose groups divide the channels, got input {tuple(input.shape)} and factor "
             f"{tuple(factor.shape)}"
         )
-    n = geometry.kernel_positions * (input.shape[1] // groups) + ones
+    n = geometry.kernel_positions * (input.shape[1] // groups) + int(ones)
     if factor.shape[1:] != (n, n):
         raise UnsupportedInputError(
             f"expected a factor ({groups}, {n}, {n}) for {input.shape[1] // groups} channels a group, "
