@@ -1,6 +1,6 @@
 """Storage of all factors: those of one size lie in one (batch, n, n) tensor, so that each operation is one call."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -224,6 +224,9 @@ class FactorStore:
         """Whether this rank has the factor's inverse."""
         return self.held is None or key in self.held.served
 
+    def _keys_of(self, blocks: Collection[int]) -> list[FactorKey]:
+        return [key for key in self.keys if key.block in blocks]
+
     def rows(self, key: FactorKey) -> slice:
         """The factor's place in vectors over factor matrices."""
         bank, place = self._places[key]
@@ -350,8 +353,12 @@ class FactorStore:
             part.copy_(part[:, order[:, None], order])
         return sums
 
-    def fold_(self, how: Normalisation, due: Tensor | None = None) -> None:
-        """Fold the pending sums into the averages and empty them."""
+    def fold_(self, how: Normalisation, due: Tensor | None = None, turn: Collection[int] | None = None) -> None:
+        """Fold the pending sums into the averages and empty them. `turn`: the blocks that have some; None: any."""
+        if turn is not None:
+            pieces = {key: pack(self.sums_in_weight_order(key)) for key in self._keys_of(turn)}
+            self.fold_packed_(pieces, how, due, self.traces(sums=True), turn)
+            return
         scale, weight = self.pending(how, due)
         all_usable = known_true(weight > 0)
         for bank in self.banks:
@@ -362,7 +369,12 @@ class FactorStore:
         self._note_fold(weight, due)
 
     def fold_packed_(
-        self, sums: Mapping[FactorKey, Tensor], how: Normalisation, due: Tensor | None, traces: Tensor
+        self,
+        sums: Mapping[FactorKey, Tensor],
+        how: Normalisation,
+        due: Tensor | None,
+        traces: Tensor,
+        turn: Collection[int] | None = None,
     ) -> None:
         """`fold_` of sums over ranks: of the factors this rank owns, packed; `counts` and `traces` over ranks, too."""
         scale, weight = self.pending(how, due, traces)
@@ -372,7 +384,7 @@ class FactorStore:
             fresh = packed.view(-1, packed_size(bank.size)) * scale[rows, None]
             fresh.masked_fill_((weight[rows] == 0)[:, None], 0.0)
             self._average_(bank, place, fresh, weight[rows])
-        self._note_fold(weight, due)
+        self._note_fold(weight, due, turn)
 
     @staticmethod
     def _average_(bank: Bank, place: slice, fresh: Tensor, weight: Tensor) -> None:
@@ -384,7 +396,7 @@ class FactorStore:
             last.copy_(torch.where(folded, bank.averages[place], last))
         bank.averages[place].lerp_(fresh, weight[:, None])
 
-    def _note_fold(self, weight: Tensor, due: Tensor | None) -> None:
+    def _note_fold(self, weight: Tensor, due: Tensor | None, turn: Collection[int] | None = None) -> None:
         """Count what was folded and what was discarded, and empty the sums."""
         samples = self.seen()
         used = samples[self.owner] > 0
@@ -393,11 +405,11 @@ class FactorStore:
         self.discarded.add_((used & (weight == 0)).sum())
         self.folds.add_(weight > 0)
         self.samples.copy_(torch.where(samples > 0, samples, self.samples))
-        self.forget()
+        self.forget(turn)
 
-    def forget(self) -> None:
-        """Drop pending statistics."""
-        self._empty()
+    def forget(self, turn: Collection[int] | None = None) -> None:
+        """Drop pending statistics. `turn`: the blocks that have some; None: any."""
+        self._empty(turn)
         self.units.zero_()
         self.units_known = False
         self._stash = None
@@ -408,10 +420,11 @@ class FactorStore:
             self.units.copy_(torch.where((self.counts > 0).any(), keep, self.units))
             self._empty()
 
-    def _empty(self) -> None:
+    def _empty(self, turn: Collection[int] | None = None) -> None:
         self.products.clear()
-        for bank in self.banks:
-            bank.sums.zero_()
+        sums = [b.sums for b in self.banks] if turn is None else [self.view("sums", k) for k in self._keys_of(turn)]
+        for each in sums:
+            each.zero_()
         self.counts.zero_()
 
     def stash(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from triton_curv.blocks import Block, Source
+from triton_curv.blocks.cost import statistics_work
 
 
 class CallCounter:
@@ -78,13 +79,15 @@ class CaptureSwitch:
     """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
 
     `mask` tells the real positions of the coming forward, see `KFAC.count`. `recording` is read in backward: whether
-    this pass gives statistics; a compiled backward always does, which `traced` notes.
+    this pass gives statistics; a compiled backward always does, which `traced` notes. `meter`, if there is one, adds up
+    the work of each block's statistics, by its number.
     """
 
     def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
         self.recording = records
         self.traced = False
         self.watch: Watch | None = None
+        self.meter: dict[int, float] | None = None
         # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.counter = CallCounter()
@@ -138,6 +141,9 @@ class _Tap(torch.autograd.Function):
             inputs, *rest = ctx.saved_tensors
             site, mask = ctx.site, rest[0] if rest else ctx.switch.mask
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, mask)
+            if ctx.switch.meter is not None:
+                work, index = statistics_work(site.block.rule, inputs, grad_output), site.block.index
+                ctx.switch.meter[index] = ctx.switch.meter.get(index, 0.0) + work
             if ctx.switch.watch is not None:
                 ctx.switch.watch.backward(site.block)
         return grad_output, None, None, None, None, None, None, None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.blocks.centre import centred_blocks, gradients_of_biases, means_of
+from triton_curv.blocks.cost import inversion_work
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
@@ -21,8 +22,9 @@ from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
 from triton_curv.optimizers.regions import Folded, Lambdas, Regions
 from triton_curv.optimizers.traced import ALL, IDLE, Plan
+from triton_curv.optimizers.turns import PERIODS, Turns
 
-CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE}  # saved with the first parameter group
+CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE, **PERIODS}  # saved with the first parameter group
 
 
 class Curvature:
@@ -77,6 +79,12 @@ class Curvature:
         self.folded = Folded(self.moving, centred, options.loss_scale)
         self.turned = [block for block in self.blocks.values() if block.gains is not None]
         exchange.attach(self.store, self.switch)
+        inversions = [inversion_work(rule) for rule in rules.values()]
+        work = torch.zeros(len(rules), dtype=torch.float64, device=device)
+        self.turns = Turns(clock, options, work, inversions, regions.compiling is not None)
+        if self.turns.wanted:
+            self.switch.meter = {}
+        self.mixed = False  # whether blocks whose turn it is not may have pending statistics
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
@@ -183,10 +191,32 @@ class Curvature:
         if not self.all_seen:
             self.check_taps(self.exchange.seen(store, how), self.with_gradients())
         due = None if self.options.adaptive is None else self._due_rows(steps)
-        self.regions.fold(store, self.folded, how, due, self.exchange)
-        self.sampled = False
+        self.regions.fold(store, self.folded, how, due, self.exchange, self._turn())
+        self.sampled = self.mixed = False
         self.draws = 0
         self._ahead = 0.0
+        if self.turns.wanted:
+            self._weigh()
+
+    def _turn(self) -> frozenset[int] | None:
+        """The blocks that have pending statistics, if it is known that others have none."""
+        if self.options.adaptive is not None or self.mixed or self.switch.traced:
+            return None
+        turn = frozenset(block.index for block in self.blocks.values() if block.due)
+        return turn if len(turn) < len(self.blocks) else None
+
+    def _weigh(self) -> None:
+        """Note what is compiled and, once, what statistics of each block cost."""
+        traced, meter = self.switch.traced, self.switch.meter
+        if meter is not None:
+            work = [*(meter.get(index, 0.0) for index in range(len(self.blocks))), float(traced)]
+            *total, anywhere = self.exchange.everywhere(self.turns.work.new_tensor(work)).tolist()
+            traced = anywhere > 0
+            self.turns.work.copy_(self.turns.work.new_tensor(total))
+            self.turns.forget()
+            self.switch.meter = None if self.turns.known or traced else {}
+        if traced:
+            self.turns.note_compiled("model")
 
     def with_gradients(self) -> list[int]:
         """The blocks some parameter of which has a gradient."""
@@ -210,7 +240,7 @@ class Curvature:
         missed = [
             block.name
             for block, ok in zip(self.blocks.values(), seen, strict=True)
-            if not ok and block.index in with_gradients
+            if not ok and block.due and block.index in with_gradients
         ]
         if missed:
             raise NoStatisticsError(
@@ -227,9 +257,23 @@ class Curvature:
         due = torch.tensor(self._due(steps), device=self.store.key_of_row.device)
         return due[self.store.key_of_row]
 
+    def statistics_due(self, steps: int) -> bool:
+        """Whether statistics of some block are to be folded at a step."""
+        if steps >= self.clock["next_fold"] or not self.any_seen:
+            return True
+        return bool(self.turns.statistics(steps))
+
+    def capture(self, enabled: bool) -> None:
+        """Take statistics of all blocks until the next step decides again, or take none."""
+        self.mixed |= enabled
+        for block in self.blocks.values():
+            block.due = True
+        self.switch.begin_step(enabled)
+
     def renew_statistics(self, steps: int) -> None:
         """Region 1 and when it comes next; the adaptive rule also renews the inverses of what it has folded."""
-        self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
+        if steps >= self.clock["next_fold"] or not self.any_seen:
+            self.turns.begin("fold", steps)
         rule = self.options.adaptive
         if rule is None:
             self.fold(steps)
@@ -281,6 +325,13 @@ class Curvature:
 
     def renew_inverses(self, steps: int) -> None:
         """Region 2: all at once, or one part at a step until every inverse is new."""
+        turn = self.turns.inverses(steps) if self.inverted else None
+        if turn is not None:
+            if steps >= self.clock["next_inverse"]:
+                self.turns.begin("inverse", steps)
+            if turn:
+                self.invert([key for key in self.store.keys if key.block in turn])
+            return
         part = self.part_due(steps)
         if part != IDLE:
             self.note_renewal(steps, part)
@@ -303,8 +354,9 @@ class Curvature:
     def note(self, plan: Plan, steps: int, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """What the host has to know and to check when a planned step runs as part of a graph."""
         self.monitor.watch()
+        self.turns.note_compiled("step")
         if plan.fold:
-            self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
+            self.turns.begin("fold", steps)
             if with_gradients:
                 self.check_sampled()
             if not self.all_seen:
@@ -323,7 +375,7 @@ class Curvature:
     def note_renewal(self, steps: int, part: int) -> None:
         """When the next part is due, and the next renewal."""
         if self.clock["renewal"] == IDLE:
-            self.clock["next_inverse"] = steps + self.options.steps_to_next_inverse(steps)
+            self.turns.begin("inverse", steps)
         if part != ALL:
             self.clock["renewal"] = part + 1 if part + 1 < len(self.parts) else IDLE
 
@@ -332,7 +384,10 @@ class Curvature:
     def wanted(self, steps: int) -> bool:
         """Whether the backward pass of a step is to give statistics; marks the blocks that are due."""
         if self.options.adaptive is None or not self.any_seen:
-            return steps >= self.clock["next_fold"] or not self.any_seen
+            turn = self.turns.statistics(steps) if self.any_seen else None
+            for block in self.blocks.values():
+                block.due = not turn or block.index in turn
+            return self.statistics_due(steps)
         due = due_blocks(self.store.keys, self._due(steps))
         for block in self.blocks.values():
             block.due = block.index in due
@@ -344,7 +399,10 @@ class Curvature:
         self.store.forms += 1
         if self.store.tolerance is None:  # the state may be of an optimizer that has low-rank forms
             self.store.stay_dense_()
-        self.sampled, self.draws = False, 0
+        self.sampled, self.draws, self.mixed = False, 0, False
+        self.turns.forget()
+        if self.turns.wanted:
+            self.switch.meter = None if self.turns.known or self.clock["compiled"] else {}
         for block in self.blocks.values():
             if block.moments is not None:
                 block.moments.sums.zero_()

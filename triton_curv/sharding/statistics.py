@@ -1,6 +1,6 @@
 """Statistics of all ranks become those of one batch: each factor's sum goes to the rank that owns it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,28 +132,38 @@ class StatisticsExchange:
         counts[:, 0], counts[:, 1] = rows, torch.where(samples > 0, units, 0.0)
         return Totals(counts, traces[self._order], stale), weights
 
-    def fold(self, how: Normalisation, due: Tensor | None) -> None:
-        """`store.fold_` of the sums over all ranks."""
+    def _of_turn(self, buckets: Sequence[Bucket], turn: Collection[int]) -> tuple[Bucket, ...]:
+        """What the layers of a turn have in some buckets; empty ones left out."""
+        parts = [bucket.of_layers(turn) for bucket in buckets]
+        return tuple(part for part in parts if part.length)
+
+    def fold(self, how: Normalisation, due: Tensor | None, turn: Collection[int] | None = None) -> None:
+        """`store.fold_` of the sums over all ranks. Of a `turn`, buckets that left early hold its layers alone."""
         store = self.store
         totals, weights = self.totals(how)
         if self._may_send is not None and bool(totals.stale > 0):
             for pending in self._sent:
                 pending.wait()
             self._sent = []
+        ahead = len(self._sent)
+        buckets_A, buckets_G = self.buckets_A[ahead:], self.buckets_G
+        if turn is not None:
+            buckets_A, buckets_G = self._of_turn(buckets_A, turn), self._of_turn(buckets_G, turn)
         on_wire = wire_scales(store, totals.traces, self.wire)
         of_A = on_wire if self.wire == torch.float16 else None
-        for bucket in self.buckets_A[len(self._sent) :]:
+        for bucket in buckets_A:
             buffer = pack_bucket(store, bucket, of_A)
             self._sent.append(self.channels.early.reduce_scatter(buffer, bucket.splits))
-        for bucket in self.buckets_G:
+        for bucket in buckets_G:
             buffer = pack_bucket(store, bucket, weights * on_wire)
             self._sent.append(self.channels.replica.reduce_scatter(buffer, bucket.splits))
         received: dict[FactorKey, Tensor] = {}
-        for bucket, pending in zip((*self.buckets_A, *self.buckets_G), self._sent, strict=True):
+        buckets = (*self.buckets_A[:ahead], *buckets_A, *buckets_G)
+        for bucket, pending in zip(buckets, self._sent, strict=True):
             self._unpack(bucket, self._over_replicas(pending), received, on_wire)
         store.counts.copy_(totals.counts)
         store.units_known = False
-        store.fold_packed_(received, how._replace(summed=True), due, totals.traces)
+        store.fold_packed_(received, how._replace(summed=True), due, totals.traces, turn)
         self.forget()
 
     @stage("reduce-scatter")  # the wait for one that was started
