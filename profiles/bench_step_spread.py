@@ -28,6 +28,7 @@ CASES: Mapping[str, Mapping[str, Any] | None] = {
     "even": {"refresh_budget": "even"},
     "4": {"refresh_budget": 4},
     "4/32": {"refresh_budget": 4, "conv_samples": 32},
+    "even/64": {"refresh_budget": "even", "conv_samples": 64},
     "even/32": {"refresh_budget": "even", "conv_samples": 32},
 }
 

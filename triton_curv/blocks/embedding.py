@@ -40,6 +40,10 @@ class EmbeddingRule(RowsSource):
             f"; {self.output_side.note}" if self.output_side.note else ""
         )
 
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """Whether there is a token at each of its places."""
+        return mask.shape == inputs.shape
+
     def token_rows(self, inputs: Tensor, grad_output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (k,), their weights 0 or 1 (k,), and signals (k, width), zero where the weight has no gradient."""
         signal = grad_output.reshape(inputs.numel(), self.width)

@@ -40,6 +40,10 @@ class MaskedSource(ABC):
     """A source whose inputs can hold positions that are padding: base class, since it is told apart from the others."""
 
     @abstractmethod
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """Whether the mask has the shape of the inputs' positions; else it is ignored."""
+
+    @abstractmethod
     def masked(self, mask: Tensor) -> Source:
         """The same source, whose A leaves out positions where `mask`, of the shape of all positions, is False."""
 

@@ -67,6 +67,10 @@ class EmbeddingUse(RowsSource):
     def __init__(self, rule: EmbeddingRule) -> None:
         self.rule = rule
 
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """As the embedding alone."""
+        return self.rule.fits(mask, inputs)
+
     def accumulate_masked_(
         self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, mask: Tensor | None
     ) -> Uses:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from triton_curv.blocks import Block, Source
+from triton_curv.blocks import Block, MaskedSource, Source
 from triton_curv.blocks.cost import statistics_work
 
 
@@ -65,6 +65,15 @@ def note_trace(switch: "CaptureSwitch") -> bool:
     return True
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def note_mask(switch: "CaptureSwitch", name: str, fits: bool) -> bool:
+    """Whether the mask of `count` fits the positions of a layer; of graphs it is known when they are traced."""
+    switch.mask_fits |= fits
+    if not fits:
+        switch.misfits.add(name)
+    return True
+
+
 class Watch(Protocol):
     """Is told of the taps of eager passes."""
 
@@ -80,7 +89,8 @@ class CaptureSwitch:
 
     `mask` tells the real positions of the coming forward, see `KFAC.count`. `recording` is read in backward: whether
     this pass gives statistics; a compiled backward always does, which `traced` notes. `meter`, if there is one, adds up
-    the work of each block's statistics, by its number.
+    the work of each block's statistics, by its number. `misfits` are layers whose positions the mask does not fit,
+    `mask_fits` is whether it fits those of some layer.
     """
 
     def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
@@ -98,6 +108,8 @@ class CaptureSwitch:
         self.enabled = enabled
         self.mask: Tensor | None = None
         self.counter.begin_step()
+        if not self.traced:
+            self.mask_fits, self.misfits = False, set[str]()
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,8 @@ def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, train
         return output
     elif switch.watch is not None:
         switch.watch.forward(site.block)
+    if switch.mask is not None and isinstance(site.source, MaskedSource):
+        note_mask(switch, site.block.name, site.source.fits(switch.mask, inputs))
     use = next_use(switch.counter, site.block.name) if site.counted else 0
     args = (output, inputs.detach(), switch.mask, switch.anchor, site, switch, training, use)
     tapped: Tensor = _Tap.apply(*args)  # type: ignore[no-untyped-call]  # torch's

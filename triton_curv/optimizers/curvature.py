@@ -191,7 +191,10 @@ class Curvature:
         if not self.all_seen:
             self.check_taps(self.exchange.seen(store, how), self.with_gradients())
         due = None if self.options.adaptive is None else self._due_rows(steps)
-        self.regions.fold(store, self.folded, how, due, self.exchange, self._turn())
+        turn = self._turn()
+        if turn is None:
+            self.check_mask()
+        self.regions.fold(store, self.folded, how, due, self.exchange, turn)
         self.sampled = self.mixed = False
         self.draws = 0
         self._ahead = 0.0
@@ -230,6 +233,14 @@ class Curvature:
             raise NoStatisticsError(
                 f"fisher='{self.options.fisher}' expects sample_fisher(output, loss) before backward() of this step, "
                 "got no call"
+            )
+
+    def check_mask(self) -> None:
+        """Raise ConfigurationError for a mask of `count` that fits no layer, where layers could use one."""
+        if self.switch.misfits and not self.switch.mask_fits:
+            raise ConfigurationError(
+                "expected a mask of the shape of the positions of some layer, (samples, positions), got one that fits "
+                f"none of {sorted(self.switch.misfits)}; to say N alone, count(mask.sum()) without a mask"
             )
 
     def check_taps(self, pending: Tensor, with_gradients: Sequence[int]) -> None:

@@ -320,6 +320,7 @@ class KFAC(Rebuilt):
                 whose patches mix positions, don't.
 
         On steps without statistics it does nothing. `zero_grad()` forgets it together with statistics that it drops.
+        `step()` raises ConfigurationError if a mask fits none of the layers that could use it.
 
         """
         self._curvature.count(units, mask)
