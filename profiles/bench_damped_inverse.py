@@ -107,7 +107,7 @@ def rows(n: int, seeds: int, device: torch.device, kappas: tuple[float, ...] = K
 
 
 def main() -> None:
-    """Measure, print, append."""
+    """Measure; print and append each row as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
@@ -115,16 +115,14 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "damped_inverse.csv")
     options = parser.parse_args()
     device = torch.device(options.device)
-    found = []
     print(f"{'kappa':>7} {'method':20} {'start':6} {'steps':>5} {'error':>9} {'residual':>9}")
     with one_thread() if device.type == "cpu" else nullcontext():
         for row in rows(options.n, options.seeds, device):
-            found.append(row)
             print(
                 f"{row.kappa:7.0e} {row.method:20} {row.start:6} {row.steps:5} {row.error:9.1e} {row.residual:9.1e}",
                 flush=True,
             )
-    append_rows(options.csv, [asdict(row) for row in found], device)
+            append_rows(options.csv, [asdict(row)], device)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,31 @@ python -m profiles.bench_kernels [OP ...] [--device cuda] [--quick] [--budget SE
 
 A case counts only if it is right: its error against a float64 oracle must be at most the allowed one (twice that of the
 library's own call). Calls take turns, with a cold L2 on a GPU; figures are medians. First come the cases of
-`--quick`, of every op. Rows are appended to profiles/results/kernels.csv; cases left out for lack of time are named.
+`--quick`, of every op. Rows are appended to profiles/results/kernels.csv one by one; what is left out is named.
+
+A wrong address or a capture that fails spoils CUDA for a whole process: the ops that are left then get a new one.
 """
 
 import argparse
 import gc
 import importlib
+import os
 import pkgutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from profiles import kernel_cases
 from profiles.kernel_cases.case import Case
-from profiles.machine import append_rows
+from profiles.machine import append_rows, is_spoiled
 from triton_curv.profiling.roofs import Roofs, measure_roofs
-from triton_curv.profiling.stopwatch import Stopwatch, peak_extra_bytes, stopwatch_for
+from triton_curv.profiling.stopwatch import CaptureError, Stopwatch, peak_extra_bytes, stopwatch_for
 from triton_curv.training.timing import one_thread
 
 NOT_OPS = ("case", "shapes")
@@ -67,7 +70,7 @@ def cases_of(op: str, device: torch.device, quick: bool) -> Iterator[Case]:
 def measure(case: Case, device: torch.device, stopwatch: Stopwatch, roofs: Roofs) -> Row:
     """Check a case, then time it beside its alternatives."""
     error, allowed = case.error(), case.allowed_error()
-    times = stopwatch.interleave({"ours": case.ours, **case.alternatives})
+    times = stopwatch.interleave({"ours": case.ours, **case.alternatives}, case.eager)
     medians = {name: statistics.median(t.seconds) for name, t in times.items()}
     ours = medians.pop("ours")
     best = min(medians, key=medians.__getitem__, default="")
@@ -101,44 +104,80 @@ def line_of(row: Row) -> str:
     return f"{row.op:26.26} {row.case:44.44} {times} {rates}  {row.best} [{row.how}]{memory}{wrong}"
 
 
-def run(ops: list[str], device: torch.device, quick: bool, budget: float) -> tuple[list[Row], list[str]]:
-    """Measure, printing each line as it comes; the rows, and what was left out or broke."""
+@dataclass
+class Progress:
+    """What a run has behind it, and what a process that takes over must know.
+
+    `done` holds "op: case" of all rows, `wrong` counts those that were not right, `missing` says what was left out or
+    broke; `left` are the ops to go on with in a new process, `eager` those whose calls are to be timed without graphs.
+    """
+
+    done: list[str] = field(default_factory=list)
+    wrong: int = 0
+    missing: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    eager: list[str] = field(default_factory=list)
+
+    def arguments(self) -> list[str]:
+        """For the process that goes on."""
+        named = (("--done", self.done), ("--missing", self.missing), ("--eager", self.eager))
+        flags = [part for name, values in named for value in values for part in (name, value)]
+        return [*self.left, "--wrong", str(self.wrong), *flags]
+
+
+def run(
+    ops: list[str],
+    device: torch.device,
+    quick: bool,
+    budget: float,
+    progress: Progress,
+    keep: Callable[[Row], None] = lambda row: None,
+) -> None:
+    """Measure, printing each line as it comes; `keep` gets each row. If CUDA is spoiled, some ops stay `left`."""
     end = time.monotonic() + budget
-    stopwatch = stopwatch_for(device)
-    roofs = measure_roofs(device, stopwatch)
+    roofs = measure_roofs(device, stopwatch_for(device))
     print(
         f"roofs: {roofs.tensor / 1e12:.2f} TFLOP/s bf16, {roofs.fp32 / 1e12:.2f} TFLOP/s fp32, "
         f"{roofs.memory / 1e9:.0f} GB/s\n"
-        f"{'op':26} {'case':44} {'ours ms':>10} {'best ms':>10} {'faster':>7} {'TFLOP/s':>8} {'GB/s':>8} {'roof':>6}"
+        f"{'op':26} {'case':44} {'ours ms':>10} {'best ms':>10} {'faster':>7} {'TFLOP/s':>8} {'GB/s':>8} {'roof':>6}",
+        flush=True,
     )
-    rows: list[Row] = []
-    missing: list[str] = []
     left = list(ops)
     for only_quick in (True,) if quick else (True, False):  # what has a bar comes first, of every op
         for position, op in enumerate(ops):
             share = time.monotonic() + (end - time.monotonic()) / (len(ops) - position)
             if op not in left:
                 continue
+            stopwatch = stopwatch_for(device, graphs=op not in progress.eager)
             try:
                 for case in cases_of(op, device, only_quick):
-                    if any((row.op, row.case) == (case.op, case.name) for row in rows):
+                    if f"{case.op}: {case.name}" in progress.done:
                         continue
                     if time.monotonic() > share:
-                        missing.append(f"{op}: {case.name} and later: no time left")
+                        progress.missing.append(f"{op}: {case.name} and later: no time left")
                         left.remove(op)
                         break
-                    rows.append(measure(case, device, stopwatch, roofs))
-                    print(line_of(rows[-1]), flush=True)
+                    row = measure(case, device, stopwatch, roofs)
+                    print(line_of(row), flush=True)
+                    progress.done.append(f"{case.op}: {case.name}")
+                    progress.wrong += not row.right
+                    keep(row)
                     del case
                     gc.collect()
             except KeyboardInterrupt:
-                missing.append(f"{op} and later: interrupted")
-                return rows, missing
+                progress.missing.append(f"{op} and later: interrupted")
+                return
             except Exception as error:  # one that breaks must not take the others' figures with it; it is reported
-                missing.append(f"{op}: {type(error).__name__}: {error}")
-                left.remove(op)
                 print(f"{op:26} BROKE: {type(error).__name__}: {error}", flush=True)
-    return rows, missing
+                again = isinstance(error, CaptureError) and op not in progress.eager
+                if again:
+                    progress.eager.append(op)
+                else:
+                    progress.missing.append(f"{op}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                    left.remove(op)
+                if again or is_spoiled(device):
+                    progress.left = left
+                    return
 
 
 def main() -> int:
@@ -149,14 +188,27 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer cases of each op")
     parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "kernels.csv")
+    for name in ("--done", "--missing", "--eager"):  # what a process before this one leaves to it
+        parser.add_argument(name, action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--wrong", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    end = time.monotonic() + arguments.budget
+    progress = Progress(arguments.done, arguments.wrong, arguments.missing, [], arguments.eager)
     with one_thread() if device.type == "cpu" else nullcontext():
-        rows, missing = run(arguments.ops or op_names(), device, arguments.quick, arguments.budget)
-    append_rows(arguments.csv, [asdict(row) for row in rows], device)
-    for line in missing:
+        run(
+            *(arguments.ops or op_names(), device, arguments.quick, arguments.budget, progress),
+            keep=lambda row: append_rows(arguments.csv, [asdict(row)], device),
+        )
+    if progress.left:
+        print(f"CUDA is spoiled; going on with {', '.join(progress.left)} in a new process", flush=True)
+        options = ["--device", arguments.device, "--csv", str(arguments.csv), *["--quick"] * arguments.quick]
+        budget = ["--budget", f"{end - time.monotonic():.0f}"]
+        command = [sys.executable, "-m", "profiles.bench_kernels", *progress.arguments(), *options, *budget]
+        os.execv(sys.executable, command)
+    for line in progress.missing:
         print(f"missing: {line}")
-    return int(bool(missing) or not all(row.right for row in rows))
+    return int(bool(progress.missing) or progress.wrong > 0)
 
 
 if __name__ == "__main__":

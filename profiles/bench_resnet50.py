@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,8 +126,8 @@ class Training:
         return {name: (t.device if on_device else t.host) / steps for name, t in times.items()}
 
 
-def measure(setup: Setup, rounds: int, budget: float = float("inf")) -> list[dict[str, object]]:
-    """Rows of milliseconds a step, as a ratio to SGD, and K-FAC's stages.
+def measure(setup: Setup, rounds: int, budget: float = float("inf")) -> Iterator[dict[str, object]]:
+    """Rows of milliseconds a step, as a ratio to SGD, then, by the profiler, of K-FAC's stages.
 
     The first round warms up. No further one begins once `budget` seconds are over, but one that counts.
     """
@@ -144,19 +144,14 @@ def measure(setup: Setup, rounds: int, budget: float = float("inf")) -> list[dic
             blocks[name].append((time.perf_counter() - start) / CYCLE)
     medians = {name: statistics.median(times[1:]) for name, times in blocks.items()}
     sizes = {"batch": setup.batch, "image": setup.image, "compiled": setup.compiled}
-    rows: list[dict[str, object]] = [
-        {**sizes, "optimizer": name, "stage": "", "ms": t * 1e3, "ratio": t / medians["sgd"]}
-        for name, t in medians.items()
-    ]
-    for stage, seconds in trainings["kfac"].stages(CYCLE).items():
-        rows.append(
-            {**sizes, "optimizer": "kfac", "stage": stage, "ms": seconds * 1e3, "ratio": seconds / medians["sgd"]}
-        )
-    return rows
+    for name, t in medians.items():
+        yield {**sizes, "optimizer": name, "stage": "", "ms": t * 1e3, "ratio": t / medians["sgd"]}
+    for stage, t in trainings["kfac"].stages(CYCLE).items():
+        yield {**sizes, "optimizer": "kfac", "stage": stage, "ms": t * 1e3, "ratio": t / medians["sgd"]}
 
 
 def main() -> int:
-    """Measure, print, append to the CSV."""
+    """Measure; print and append to the CSV each row as it comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--image", type=int, default=224)
@@ -169,10 +164,10 @@ def main() -> int:
         print("bench_resnet50 needs a CUDA device and torch sees none; nothing was measured", file=sys.stderr)
         return 3
     setup = Setup(arguments.batch, arguments.image, torch.device("cuda"), not arguments.no_compile)
-    rows = measure(setup, arguments.rounds, arguments.budget)
-    for row in rows:
-        print(f"{row['optimizer']:8} {row['stage']:18} {row['ms']:10.2f} ms {row['ratio']:8.3f} x SGD's step")
-    append_rows(arguments.csv, rows, setup.device)
+    for row in measure(setup, arguments.rounds, arguments.budget):
+        line = f"{row['optimizer']:8} {row['stage']:18} {row['ms']:10.2f} ms {row['ratio']:8.3f} x SGD's step"
+        print(line, flush=True)
+        append_rows(arguments.csv, [row], setup.device)
     return 0
 
 

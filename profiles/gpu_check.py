@@ -4,12 +4,14 @@ python -m profiles.gpu_check --out DIR [--budget 540] [--only PART]
 
 Parts: tests, kernels, resnet50, steps, tune, inverses, first_steps. Each runs in a process of its own, with its share
 of the time that is left; what a part left undone is said. The budget counts from the start of this process, imports
-included. DIR gets a log and the CSV of each part and summary.txt.
+included. DIR gets a log and the CSV of each part, row by row, summary.txt, and a tuning store of its own (unless
+TRITON_CURV_CACHE_DIR names one).
 Exit status: 0 if all is well, 1 if something failed, was cut off or skipped, 3 without a GPU.
 """
 
 import argparse
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,8 +47,10 @@ def _python(*arguments: str | Path) -> list[str]:
 
 def _tests(out: Path, seconds: float) -> list[str]:
     """All of tests/gpu, by name, in several processes if pytest can: most of the time goes into compiling kernels."""
-    spread = ["-n", "4", "--dist", "worksteal"] if find_spec("xdist") else []
-    return _python("-m", "pytest", "-v", "--no-header", "--tb=short", *spread, "-m", "gpu", "tests/gpu")
+    processes = str(min(8, max(2, (os.cpu_count() or 2) // 2)))
+    spread = ["-n", processes, "--dist", "worksteal"] if find_spec("xdist") else []
+    limit = ["--timeout", "100", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
+    return _python("-m", "pytest", "-v", "--no-header", "--tb=short", *spread, *limit, "-m", "gpu", "tests/gpu")
 
 
 def _kernels(out: Path, seconds: float) -> list[str]:
@@ -110,7 +115,13 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     log = out / f"{part.name}.log"
     start = time.monotonic()
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "autotune"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    store = os.environ.get("TRITON_CURV_CACHE_DIR") or str(out / "tuning-store")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CURV_CACHE_DIR": store,
+    }
     with log.open("w") as file:
         command = part.command(out, seconds)
         process = subprocess.Popen(
@@ -144,10 +155,9 @@ def age() -> float:
 
 
 def summary_of(outcomes: list[Outcome], head: str) -> str:
-    """One line a part, then the last lines that each printed."""
-    lines = [head, *(f"{o.part:10} {o.state:24} {o.seconds:6.0f} s" for o in outcomes)]
-    for o in outcomes:
-        lines += ["", f"--- {o.part}", *o.tail]
+    """The last lines that each part printed, then one line a part: the end is what a cut log keeps."""
+    lines = [line for o in outcomes for line in (f"--- {o.part}", *o.tail, "")]
+    lines += [head, *(f"{o.part:11} {o.state:24} {o.seconds:6.0f} s" for o in outcomes)]
     return "\n".join(lines) + "\n"
 
 
@@ -165,20 +175,23 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     end = time.monotonic() - age() + options.budget - RESERVE
     parts = [part for part in PARTS if not options.only or part.name in options.only]
-    outcomes = []
+    properties = torch.cuda.get_device_properties(0)
+    versions = f"torch {torch.__version__}, triton {version('triton')}, Python {platform.python_version()}"
+    head = f"{properties.name}, {properties.multi_processor_count} SMs, {versions}"
+    print(head, flush=True)
+    outcomes: list[Outcome] = []
+    text = ""
     for position, part in enumerate(parts):
         left = end - time.monotonic()
         seconds = left if position == len(parts) - 1 else left * part.share
         if seconds < 30:
             outcomes.append(Outcome(part.name, f"skipped ({left:.0f} s left)", 0.0, ()))
-            continue
-        print(f"{part.name}: at most {seconds:.0f} s", flush=True)
-        outcomes.append(run_part(part, out, seconds))
-        print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
-    properties = torch.cuda.get_device_properties(0)
-    head = f"{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}"
-    text = summary_of(outcomes, head)
-    (out / "summary.txt").write_text(text)
+        else:
+            print(f"{part.name}: at most {seconds:.0f} s", flush=True)
+            outcomes.append(run_part(part, out, seconds))
+            print(f"{part.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
+        text = summary_of(outcomes, head)
+        (out / "summary.txt").write_text(text)
     print(text)
     return int(any(o.state != "ok" for o in outcomes))
 

@@ -1,4 +1,4 @@
-"""What a row of a result was measured on: date, commit, device, driver, versions; and rows appended to a tidy CSV."""
+"""What a row of a result was measured on: date, commit, device, driver, versions; rows appended to a tidy CSV."""
 
 import csv
 import importlib.metadata
@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def machine_of(device: torch.device) -> dict[str, str]:
     }
 
 
+@cache
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -49,3 +51,15 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, object]], device: torch.
             writer.writeheader()
         for row in rows:
             writer.writerow({**machine, **{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}})
+
+
+def is_spoiled(device: torch.device) -> bool:
+    """Whether CUDA answers all that this process asks with an error: after a wrong address, say."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.randn(1, device=device)
+        except RuntimeError:
+            return True
+    return False

@@ -2,16 +2,17 @@
 
 Off by default, and then nothing is on the hot path at all: `enable()` puts a wrapper around each function marked with
 `stage`, `disable()` takes it off again. TRITON_CURV_NVTX=1 enables the ranges when triton_curv is imported.
+Without the nvtx package, torch.profiler alone gets them, and a warning says so.
 """
 
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
-import nvtx
 import torch
 
 from triton_curv.costs import NOTHING, Cost
@@ -139,11 +140,22 @@ def _owner_of(marked: Marked) -> Any:
     return owner
 
 
+@functools.cache
+def _domain() -> Any:
+    """NVTX's domain; None where the package is missing, as on machines that got this one without its requirements."""
+    try:
+        import nvtx
+    except ModuleNotFoundError:
+        warnings.warn("the package nvtx is missing: stages show in torch.profiler only, not in Nsight", stacklevel=4)
+        return None
+    return nvtx.get_domain(DOMAIN)
+
+
 def _with_range(marked: Marked) -> Callable[..., Any]:
     """The function inside a range named like its stage; in a graph that torch.compile traces, the bare function."""
     function, payload, stage_of = marked.function, marked.payload, marked.stage
-    domain = nvtx.get_domain(DOMAIN)
-    category = {name: domain.get_category_id(name) for name in COLORS}
+    domain = _domain()
+    category = {name: domain.get_category_id(name) if domain else 0 for name in COLORS}
 
     @contextmanager  # apart from `ranged`, into which torch.compile looks: it does not know NVTX's domains
     def in_range(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -153,14 +165,16 @@ def _with_range(marked: Marked) -> Callable[..., Any]:
         number = (told.flops or told.bytes) if isinstance(told, Cost) else told
         before = _totals.get(name, Totals(0, NOTHING))
         _totals[name] = Totals(before.calls + 1, before.cost + cost)
-        domain.push_range(
-            domain.get_event_attributes(message=name, color=COLORS[name], category=category[name], payload=number)
-        )
+        if domain:
+            domain.push_range(
+                domain.get_event_attributes(message=name, color=COLORS[name], category=category[name], payload=number)
+            )
         try:
             with torch.profiler.record_function(f"{DOMAIN}::{name}"):
                 yield
         finally:
-            domain.pop_range()
+            if domain:
+                domain.pop_range()
 
     @functools.wraps(function)
     def ranged(*args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
+from triton.runtime import driver
 
 from triton_curv_autotune.errors import NoDeviceError
 from triton_curv_autotune.policy import POLICY, MeasurementPolicy
@@ -110,6 +111,7 @@ class GpuBench:
         self.device = device
         self.policy = policy
         properties: Any = torch.cuda.get_device_properties(device)
+        driver.active.get_current_device()  # made once, here: the threads of `check` would each make it
         self._flush = 2 * int(getattr(properties, "L2_cache_size", 0) or 256 << 20)
 
     def check(self, op: Op[Any, Any], problem: Any, configs: Sequence[Any]) -> list[str]:
@@ -132,10 +134,8 @@ class GpuBench:
         with torch.cuda.device(self.device), set_wrap_triton_enabled(False):
             inputs = op.make_inputs(problem, self.device)
             count = max(2, min(policy.calls, SCRATCH // max(1, bytes_of(inputs))))
-            scratch = [copied(inputs) for _ in range(count)]
-            for inputs in scratch:  # tables of addresses are made now, and not in a graph
-                op.launch(inputs, configs[0])
-            graphs = [_graph(op, scratch, config, policy.calls) for config in configs]
+            scratch, stream = [copied(inputs) for _ in range(count)], torch.cuda.Stream()
+            graphs = [_graph(op, scratch, config, policy.calls, stream) for config in configs]
             flush = torch.empty(self._flush, dtype=torch.int8, device=self.device)
             _warm_clocks(self.device, policy.warm_ms)
             rounds = [[_replay(graph, flush) for graph in graphs] for _ in range(policy.rounds)]
@@ -146,14 +146,17 @@ class GpuBench:
         torch.cuda.empty_cache()
 
 
-def _graph(op: Op[Any, Any], scratch: Sequence[Inputs], config: Any, calls: int) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        op.launch(scratch[0], config)
-    torch.cuda.current_stream().wait_stream(side)
+def _graph(
+    op: Op[Any, Any], scratch: Sequence[Inputs], config: Any, calls: int, stream: torch.cuda.Stream
+) -> torch.cuda.CUDAGraph:
+    """Calls in turn on the inputs, whose tables the capture's stream knows by then: a graph would copy new ones."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for inputs in scratch:
+            op.launch(inputs, config)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for i in range(calls):
             op.launch(scratch[i % len(scratch)], config)
     return graph

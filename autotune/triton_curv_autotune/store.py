@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from triton_curv_autotune.entry import Entry, from_bytes
 from triton_curv_autotune.errors import InvalidEntryError
 from triton_curv_autotune.key import SCHEMA, Environment, encode, file_of, folder_of
@@ -149,6 +147,13 @@ def read_regular(path: Path) -> bytes:
 
 def default_store() -> Store:
     """The user's store, as the variables say at this moment."""
-    root = os.environ.get(DIRECTORY_VARIABLE) or platformdirs.user_cache_dir("triton_curv", appauthor=False)
+    root = os.environ.get(DIRECTORY_VARIABLE) or _users_folder()
     extra = os.environ.get(PATH_VARIABLE, "").split(os.pathsep)
     return Store(Path(root), tuple(Path(folder) for folder in extra if folder))
+
+
+def _users_folder() -> str:
+    """Imported here, so that a machine without the package can name a folder by the variable instead."""
+    import platformdirs
+
+    return platformdirs.user_cache_dir("triton_curv", appauthor=False)

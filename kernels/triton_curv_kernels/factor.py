@@ -241,7 +241,7 @@ def compiled_precision(input_precision: InputPrecision) -> InputPrecision:
 
 def check_shapes(factor: Tensor, rows: Tensor, ones: bool) -> None:
     """Raise UnsupportedInputError unless `factor`, dense or packed, is one of `rows`."""
-    batch, n = rows.shape[:-2], rows.shape[-1] + ones
+    batch, n = rows.shape[:-2], rows.shape[-1] + int(ones)  # torch 2.11 cannot add a bool to a symbolic size
     dense, packed = (*batch, n, n), (*batch, packed_length(n))
     if rows.dim() not in (2, 3) or factor.shape not in (dense, packed):
         raise UnsupportedInputError(

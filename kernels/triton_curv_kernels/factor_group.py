@@ -71,7 +71,7 @@ def accumulate_factors_reference(
 
 def _diagonal(factor: Tensor, rows: Tensor, ones: bool) -> Tensor:
     packed = factor.dim() < rows.dim()
-    return torch.cat(packed_diagonal(factor, rows.shape[-1] + ones), -1) if packed else factor.diagonal(0, -2, -1)
+    return torch.cat(packed_diagonal(factor, rows.shape[-1] + int(ones)), -1) if packed else factor.diagonal(0, -2, -1)
 
 
 @on_own_device
@@ -97,10 +97,7 @@ def launch_accumulate_factors_(
                 f"{x.dtype}"
             )
     alphas, betas = (numbers.to(torch.float32).contiguous() for numbers in (alphas, betas))
-    if traces is not None:
-        nonfinite = torch.empty_like(traces, dtype=torch.int32) if nonfinite is None else nonfinite
-    elif nonfinite is not None:
-        traces = torch.empty_like(nonfinite, dtype=torch.float32)
+    traces, nonfinite = _both(traces, nonfinite) or (None, None)
     place = 0
     by_dtype: dict[torch.dtype, list[AddressedMatrix]] = {}
     for entry, (factor, x, one) in enumerate(zip(factors, rows, ones, strict=True)):
@@ -227,10 +224,11 @@ def _check_numbers(alphas: Numbers, betas: Numbers, count: int) -> None:
             raise UnsupportedInputError(f"expected {name} ({count},), got {tuple(given.shape)}")
 
 
-# its tables stay in memory between calls, which the private memory pools of inductor's CUDA graphs do not allow
+# Its tables stay in memory between calls, which the private memory pools of inductor's CUDA graphs do not allow.
+# `statistics` is [traces, nonfinite] or []: torch before 2.13 fails for mutated arguments that are None.
 @custom_op(
     "triton_curv::accumulate_factors_",
-    mutates_args={"factors", "traces", "nonfinite"},
+    mutates_args={"factors", "statistics"},
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _accumulate_factors_op(
@@ -239,12 +237,12 @@ def _accumulate_factors_op(
     alphas: Tensor,
     betas: Tensor,
     ones: list[bool],
-    traces: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    statistics: list[Tensor],
     config: list[int] | None = None,
 ) -> None:
     if not factors:
         return
+    traces, nonfinite = statistics or (None, None)
     if use_reference(factors[0]) or not all(map(supports, factors, rows)):
         check_lists(factors, rows, alphas, betas, ones, traces, nonfinite)
         accumulate_factors_reference(factors, rows, alphas.tolist(), betas.tolist(), ones, traces, nonfinite)
@@ -298,7 +296,15 @@ def accumulate_factors_(
     else:
         vectors = (_as_tensor(alphas, count, device), _as_tensor(betas, count, device))
         ints = None if config is None else config.to_ints()
-        torch.ops.triton_curv.accumulate_factors_(factors, rows, *vectors, each_ones, traces, nonfinite, ints)
+        statistics = _both(traces, nonfinite)
+        torch.ops.triton_curv.accumulate_factors_(factors, rows, *vectors, each_ones, statistics, ints)
+
+
+def _both(traces: Tensor | None, nonfinite: Tensor | None) -> list[Tensor]:
+    """The two outputs of the kernels, one made where only the other is wanted; none where neither is."""
+    if traces is not None:
+        return [traces, torch.empty_like(traces, dtype=torch.int32) if nonfinite is None else nonfinite]
+    return [] if nonfinite is None else [torch.empty_like(nonfinite, dtype=torch.float32), nonfinite]
 
 
 def _as_list(numbers: Numbers, count: int) -> list[float]:

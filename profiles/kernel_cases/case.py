@@ -15,7 +15,8 @@ class Case:
     number of times. `error` is our largest error against a float64 oracle, relative to the oracle's largest value, and
     `allowed_error` what the best alternative in the same dtype reaches, times 2. `flops` and `bytes` are the least work
     that the result needs (symmetry used), whoever computes it; `bar` says what the issue asks for, in words.
-    `peak_bytes` are calls like `ours` and `alternatives` whose extra memory is reported, if it matters.
+    `peak_bytes` are calls like `ours` and `alternatives` whose extra memory is reported, if it matters. `eager` names
+    alternatives that wait for the device or for its driver inside: no CUDA graph may be made of them.
     """
 
     op: str
@@ -29,3 +30,4 @@ class Case:
     bound: Bound
     bar: str = ""
     peak_bytes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    eager: tuple[str, ...] = ()

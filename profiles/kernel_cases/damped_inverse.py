@@ -87,6 +87,7 @@ def _case(name: str, banks: Sequence[tuple[int, int]], device: torch.device, sta
         bytes=sum(4.0 * batch * n * n for batch, n in banks) * 3,
         bound="fp32",
         bar=bar,
+        eager=("cholesky_ex + cholesky_inverse", "linalg.inv"),
     )
 
 

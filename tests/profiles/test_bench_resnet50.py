@@ -11,7 +11,7 @@ def test_a_small_copy_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """One round that counts, since there is no time for more."""
     monkeypatch.setattr(bench_resnet50, "CYCLE", 2)
     setup = Setup(batch=2, image=32, device=torch.device("cpu"), compiled=False, depths=(1, 1), width=4)
-    rows = measure(setup, rounds=3, budget=0.0)
+    rows = list(measure(setup, rounds=3, budget=0.0))
     assert "time is over after 1 of 3 rounds" in capsys.readouterr().out
     assert [row["optimizer"] for row in rows if not row["stage"]][:3] == ["sgd", "adamw", "kfac"]
     assert {"backward", "step", "inverse", "apply"} <= {row["stage"] for row in rows if row["optimizer"] == "kfac"}

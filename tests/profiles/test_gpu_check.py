@@ -1,5 +1,7 @@
 """gpu_check's parts, time limits and summary, with commands that need no GPU."""
 
+import os
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -37,6 +39,64 @@ def test_a_part_that_fails_is_reported(tmp_path: Path) -> None:
     assert run_part(part("raise SystemExit(5)"), tmp_path, 60).state == "failed (exit 5)"
 
 
+def test_parts_have_a_tuning_store_in_the_folder_unless_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os; print(os.environ['TRITON_CURV_CACHE_DIR'])"
+    monkeypatch.delenv("TRITON_CURV_CACHE_DIR", raising=False)
+    assert run_part(part(code), tmp_path, 60).tail == (str(tmp_path / "tuning-store"),)
+    monkeypatch.setenv("TRITON_CURV_CACHE_DIR", "/named")
+    assert run_part(part(code), tmp_path, 60).tail == ("/named",)
+
+
+def test_what_has_ended_is_in_the_summary_while_later_parts_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Properties:
+        name = "Some GPU"
+        multi_processor_count = 7
+
+    look = f"print(open({str(tmp_path / 'summary.txt')!r}).read())"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(gpu_check, "PARTS", (part("print('fine')", "tests", 0.5), part(look, "kernels")))
+    monkeypatch.setattr(gpu_check, "age", lambda: 5.0)
+    assert main(["--out", str(tmp_path), "--budget", "90"]) == 0
+    assert "tests       ok" in (tmp_path / "kernels.log").read_text()
+
+
+SPOILING = """
+import torch
+from tests.gpu import conftest
+from tests.gpu.conftest import pytest_runtest_makereport
+spoiled = []
+conftest.is_spoiled = lambda device: bool(spoiled)
+"""
+TESTS = """
+import conftest, pytest
+@pytest.mark.parametrize("i", range(6))
+def test_one(i):
+    if i == 0:
+        conftest.spoiled.append(1)
+    assert not conftest.spoiled, "an illegal memory access"
+"""
+
+
+def test_a_test_that_spoils_cuda_is_told_and_spoils_no_other(tmp_path: Path) -> None:
+    """Its process ends; the other tests run in a new one."""
+    (tmp_path / "conftest.py").write_text(SPOILING)
+    (tmp_path / "test_some.py").write_text(TESTS)
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "1", "--rootdir", str(tmp_path), str(tmp_path)]
+    some = Part("p", 1.0, lambda out, seconds: [sys.executable, *command])
+    outcome = run_part(some, tmp_path, 90)
+    log = (tmp_path / "p.log").read_text()
+    assert outcome.state == "failed (exit 1)"
+    assert "1 failed, 5 passed" in log
+    assert "crashed while running 'test_some.py::test_one[0]'" in log
+    assert "test_one[0] has spoiled CUDA" in log
+    assert "AssertionError: an illegal memory access" in log
+
+
 def test_a_part_past_its_limit_is_cut_off_with_what_it_printed(tmp_path: Path) -> None:
     outcome = run_part(part("import time; print('begun', flush=True); time.sleep(60)"), tmp_path, 2)
     assert outcome.state == "cut off after 2 s"
@@ -70,9 +130,9 @@ def test_the_summary_names_every_part(
     monkeypatch.setattr(gpu_check, "age", lambda: 5.0)
     assert main(["--out", str(tmp_path), "--budget", "90"]) == 1
     summary = (tmp_path / "summary.txt").read_text()
-    assert summary.splitlines()[0].startswith("Some GPU, 7 SMs")
-    assert "tests      ok" in summary
-    assert "kernels    failed (exit 1)" in summary
+    head, *ends = summary.splitlines()[-3:]
+    assert head.startswith("Some GPU, 7 SMs, torch ")
+    assert [end[: -len("    60 s")].rstrip() for end in ends] == ["tests       ok", "kernels     failed (exit 1)"]
     assert "ZeroDivisionError" in summary
     assert summary in capsys.readouterr().out
 
@@ -87,7 +147,7 @@ def test_a_part_without_time_is_named_as_skipped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_check, "PARTS", (part("print(1)", "tests"),))
     monkeypatch.setattr(gpu_check, "age", lambda: 100.0)
     assert main(["--out", str(tmp_path), "--budget", "120"]) == 1
-    assert "tests      skipped" in (tmp_path / "summary.txt").read_text()
+    assert "tests       skipped" in (tmp_path / "summary.txt").read_text()
 
 
 def arguments_of(part: Part, out: Path) -> list[str]:
@@ -119,7 +179,7 @@ def test_every_part_runs_a_command_with_arguments_that_it_knows(
         assert arguments_of(part, tmp_path)[-1] == "tests/gpu"
         return
     if name == "kernels":
-        monkeypatch.setattr(bench_kernels, "run", lambda *arguments: (work(*arguments), []))
+        monkeypatch.setattr(bench_kernels, "run", work)
         assert bench_kernels.main() == 0
     elif name == "tune":
         monkeypatch.setattr(tuning, "run_tune", lambda options: len(work(options)))
@@ -158,3 +218,23 @@ def test_a_part_takes_the_processes_that_it_started_with_it(tmp_path: Path) -> N
     while running(int(outcome.tail[0])):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_parts_need_none_of_what_a_machine_lent_for_a_while_lacks() -> None:
+    """The tuning store has a folder there; stages show in the profiler."""
+    modules = ["bench_kernels", "bench_resnet50", "bench_steps", "bench_damped_inverse", "bench_resolve", "gpu_check"]
+    code = f"""
+import os
+import subprocess
+import sys
+sys.modules["nvtx"] = sys.modules["platformdirs"] = None
+import importlib
+for name in {modules}:
+    importlib.import_module("profiles." + name)
+import triton_curv.cli.app
+from triton_curv_autotune.store import default_store
+print(default_store().root)
+"""
+    environment = {**os.environ, "TRITON_CURV_CACHE_DIR": "/named", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["/named"], done.stderr

@@ -89,6 +89,31 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "runs"] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("explain digits-cnn --html {file}/page.html", "cannot write into the folder"),
+        ("explain digits-cnn --html {folder}", "cannot write the page"),
+        ("profile digits-cnn --steps 1 --out {file}/profile", "cannot write into the folder"),
+        ("profile digits-cnn --steps 1 --out {folder}", "holds other files (mine.txt)"),
+        ("profile digits-cnn --steps 0 --out {folder}/profile", "Invalid value for '--steps'"),
+        ("profile {folder}/no.py --out {folder}/profile", "expected a script to profile"),
+        ("bench step reg-bos --optimizers sgd --eager --out {file}/bench", "cannot write into the folder"),
+    ],
+)
+def test_places_that_cannot_be_written_are_named_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("kept")
+    assert main(arguments.format(folder=tmp_path, file=mine).split()) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert mine.read_text() == "kept"
+
+
 def test_checkpoint_of_another_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "run")
     assert main(["train", "reg-bos", "--optimizer", "sgd", "--epochs", "1", "--out", out]) == 0

@@ -335,3 +335,40 @@ def test_add_param_group_trains_by_fallback_and_says_so() -> None:
     assert not torch.equal(extra, torch.ones(3))
     assert "add_param_group" in optimizer.explain().rows[-1].note
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind() -> None:
+    optimizer = tc.KFAC(small_net())
+    count = len(optimizer.param_groups)
+    for params, settings in ((torch.ones(3), {"lr": -1.0}), (torch.ones(3, dtype=torch.complex64), {})):
+        with pytest.raises(tc.ConfigurationError):
+            optimizer.add_param_group({"params": [nn.Parameter(params)], **settings})
+        assert len(optimizer.param_groups) == count
+
+
+def test_layers_unfrozen_later_are_warned_about_until_they_are_added() -> None:
+    model = small_net()
+    model[0].requires_grad_(False)
+    optimizer = tc.KFAC(model, factor_interval=1)
+    frozen = weights(model)[0].detach().clone()
+    train(model, optimizer, batches(2))
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"does not train \['0.weight'\]"):
+        train(model, optimizer, batches(1))
+    assert torch.equal(frozen, weights(model)[0])
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    train(model, optimizer, batches(1))
+    assert not torch.equal(frozen, weights(model)[0])
+    assert "0.weight" in {row.parameter for row in optimizer.explain().rows}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Linear(3, 2), nn.LazyLinear(2)), "lazy"),
+        (nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, dtype=torch.complex64)), "complex64: '1.weight'"),
+    ],
+)
+def test_parameters_that_it_cannot_train_are_named(model: nn.Module, message: str) -> None:
+    with pytest.raises(tc.ConfigurationError, match=message):
+        tc.KFAC(model)

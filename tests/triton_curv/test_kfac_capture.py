@@ -165,3 +165,47 @@ def test_grad_scaler_is_taken_out_of_the_factors() -> None:
         results.append(weights(model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["penalty", "attack", "inputs"])
+def test_gradients_of_inputs_give_no_statistics(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = tc.KFAC(model)
+    x = torch.randn(6, 4, requires_grad=True)
+    if how == "inputs":
+        model(x).square().mean().backward(inputs=[x])
+    else:
+        (gradient,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=how == "penalty")
+    assert not any(block.counts.any() for block in optimizer.blocks.values())
+    loss = model(x if how == "penalty" else x.detach()).square().mean()
+    (loss + gradient.square().sum() if how == "penalty" else loss).backward()
+    assert {float(block.counts[1]) for block in optimizer.blocks.values()} == {12.0 if how == "penalty" else 6.0}
+
+
+def test_gradients_by_autograd_grad_give_statistics_of_the_layers_they_are_of() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = tc.KFAC(model)
+    torch.autograd.grad(model(torch.randn(6, 4)).square().mean(), list(model[0].parameters()))
+    assert optimizer.blocks["0"].counts[1] == 6
+    assert optimizer.blocks["2"].counts[1] == 0
+
+
+def test_transforms_of_torch_func_run_beside_training() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = tc.KFAC(model)
+    x = torch.randn(6, 4)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor], row: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(model, given, (row[None],)).square().mean()
+        return result
+
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
+    torch.func.jacrev(model)(x)
+    torch.func.jvp(model, (x,), (x,))
+    assert not any(block.counts.any() for block in optimizer.blocks.values())
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert optimizer.blocks["0"].folds() == 1

@@ -1,5 +1,7 @@
 """What KFAC does where nothing is said: matched steps that shrink as they disagree, centred G, growing intervals."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch.nn import functional
 
 import triton_curv as tc
 from tests.support.small_net import batches, small_net, train
+from triton_curv.blocks.bank import Held
+from triton_curv.blocks.centre import MOST
 
 
 def test_matched_steps_change_narrow_and_wide_layers_alike() -> None:
@@ -82,6 +86,41 @@ def test_centred_factor_is_the_covariance_of_output_gradients(kind: str) -> None
     torch.testing.assert_close(optimizer.blocks["0"].factors()["G"].reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize("kind", ["diagonal", "dense", "grouped"])
+def test_samples_that_are_all_alike_keep_the_scale_and_direction_of_their_curvature(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 6, 1, groups=2) if kind == "grouped" else nn.Linear(4, 6)
+    sample = (torch.randn(1, 4, 1) if kind == "grouped" else torch.randn(1, 4)).double()
+    model = nn.Sequential(layer, nn.Flatten()).double()
+    g = 2 * model(sample).detach()[0]
+    parts = g.reshape({"diagonal": (6, 1), "dense": (1, 6), "grouped": (2, 3)}[kind])
+    expected = (parts[:, :, None] * parts[:, None, :] * (1 - MOST)).squeeze()
+    for copies in (1, 3):
+        twin = deepcopy(model)
+        optimizer = tc.KFAC(twin, max_output_dim=4 if kind == "diagonal" else 64)
+        twin(sample.expand(copies, *sample.shape[1:])).square().sum(1).mean().backward()
+        torch.testing.assert_close(optimizer.blocks["0"].factors()["G"].squeeze(), expected, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.blocks["0"].factors()["G"].squeeze(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_of_one_sample_step_as_without_centring() -> None:
+    trained = []
+    for centred in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+        x, y = torch.randn(32, 6).double(), torch.randint(3, (32,))
+        optimizer = tc.KFAC(model, centred=centred, factor_interval=2, inverse_interval=2)
+        for row in range(32):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x[row : row + 1]), y[row : row + 1]).backward()
+            optimizer.step()
+        health = optimizer.health()["optimizer"]
+        assert health["failed_inverses"] == health["skipped_steps"] == 0
+        trained.append(next(model.parameters()).detach())
+    torch.testing.assert_close(*trained, rtol=1e-6, atol=1e-9)
+
+
 def test_centring_is_left_out_with_an_absolute_damping_or_another_fisher() -> None:
     assert tc.KFAC(nn.Linear(3, 2)).options.centred
     assert not tc.KFAC(nn.Linear(3, 2), damping=0.1).options.centred
@@ -114,3 +153,15 @@ def test_statistics_grow_old_as_training_does() -> None:
     model = small_net()
     losses = train(model, tc.KFAC(model), batches(1) * 30)
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_rank_shows_averages_alone_before_pending_statistics_are_known_together() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = tc.KFAC(model, factor_interval=1)
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    before = optimizer.blocks[""].factors()["G"]
+    model(torch.randn(4, 3)).square().mean().backward()
+    keys = frozenset(optimizer._store.keys)
+    optimizer._store.held = Held(keys, keys, {})  # as where there are several ranks
+    torch.testing.assert_close(optimizer.blocks[""].factors()["G"], before, rtol=0, atol=0)

@@ -47,7 +47,7 @@ def batch(step: int, rows: int = 6) -> Batch:
     return x, torch.randint(0, 3, (rows,), generator=generator)
 
 
-def train(model: nn.Module, optimizer: tc.KFAC, data: Batch) -> None:
+def train(model: Any, optimizer: tc.KFAC, data: Batch) -> None:
     optimizer.zero_grad()
     functional.cross_entropy(model(data[0]), data[1]).backward()
     optimizer.step()
@@ -65,7 +65,7 @@ def changed(now: list[Tensor], before: list[Tensor]) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(now, before, strict=True))
 
 
-def renewals(optimizer: tc.KFAC, model: nn.Module, steps: int) -> tuple[list[set[str]], list[set[str]]]:
+def renewals(optimizer: tc.KFAC, model: Any, steps: int) -> tuple[list[set[str]], list[set[str]]]:
     """The blocks whose statistics, and those whose inverses, changed at each step."""
     folded, inverted = [], []
     for step in range(steps):

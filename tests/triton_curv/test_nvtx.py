@@ -221,3 +221,21 @@ def test_a_region_costs_nothing_when_off() -> None:
     times = [(cost(pair.marked), cost(pair.plain)) for _ in range(15)]
     marked, plain = (min(column) for column in zip(*times, strict=True))
     assert marked - plain < 50
+
+
+def test_without_the_package_the_profiler_alone_has_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine to which the code was copied: nothing else may need the package."""
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    ranges._domain.cache_clear()
+    ranges.reset_totals()
+    try:
+        with pytest.warns(UserWarning, match="package nvtx is missing"):
+            ranges.enable()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            assert Example().step(3) == 4
+        assert {"triton_curv::step", "triton_curv::inverse"} <= {event.name for event in recorded.events()}
+        assert ranges.totals()["step"].calls == 1
+    finally:
+        ranges.disable()
+        ranges.reset_totals()
+        ranges._domain.cache_clear()

@@ -1,7 +1,9 @@
 """Candidates against the float64 oracle, and deterministic mode: kernels in the interpreter."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tuning import FACTOR, FACTORS, small_problem
-from triton_curv_autotune.bench import Oracle, bytes_of, copied, try_config
+from triton_curv_autotune.bench import Oracle, _graph, bytes_of, copied, try_config
 from triton_curv_autotune.registry import Inputs, Op, get_op, op_names
 
 CPU = torch.device("cpu")
@@ -84,3 +86,39 @@ def test_configs_of_one_numerics_class_agree_bit_for_bit(name: str) -> None:
     for other in [field for field in op.numerics if field != "input_precision"]:
         config = next(c for c in candidates(op, problem) if getattr(c, other) != getattr(pinned, other))
         assert bits(op.launch(copied(inputs), config)) != results[0], other
+
+
+def test_a_graph_is_captured_where_the_tables_of_all_inputs_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of addresses are kept for each stream; one that is made in a capture is copied again at each replay."""
+    streams: list[Any] = ["main"]
+    seen: list[Any] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            """Nothing to wait for."""
+
+    @contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    @contextmanager
+    def graph(of: object, *, stream: Any) -> Iterator[None]:
+        with on(stream):
+            seen.append("captured")
+            yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    class Example:
+        def launch(self, inputs: Any, config: str) -> None:
+            seen.append((streams[-1], inputs, config))
+
+    side: Any = Stream()
+    _graph(cast(Any, Example()), [("a",), ("b",)], "config", 4, side)
+    first, second = (side, ("a",), "config"), (side, ("b",), "config")
+    assert seen == [first, second, "captured", first, second, first, second]

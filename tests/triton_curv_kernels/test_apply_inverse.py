@@ -114,18 +114,6 @@ def test_launch_takes_rows_apart_and_writes_nothing_between_them() -> None:
     assert memory.isnan().sum() == memory.numel() - update.numel()
 
 
-@pytest.mark.interpreter
-def test_offsets_past_31_bits() -> None:
-    """Second row 2^31 + 8 elements behind the first: memory that is reserved, and touched at both ends."""
-    apart = 2**31 + 8
-    grad, update = (torch.empty(apart + 16, dtype=torch.bfloat16).as_strided((2, 8), (apart, 1)) for _ in "du")
-    grad.copy_(integers((2, 8), torch.bfloat16))
-    a, g = symmetric(8, dtype=torch.bfloat16), symmetric(2, dtype=torch.bfloat16)
-    (target,), _, _ = definition([grad], [a], [g])
-    launch_apply_damped_inverse([update], [grad], [a], [g], config=SMALL)
-    assert torch.equal(update.double(), target)
-
-
 def positive() -> Layers:
     """Layers whose <P, D> are positive."""
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,6 @@ from triton_curv_kernels.damped_inverse import (
     launch_damped_inverse_,
     prune,
 )
-from triton_curv_kernels.damped_inverse_kernels import residual_kernel
 from triton_curv_kernels.damped_inverse_work import _tables, lay_out
 
 SMALL = DampedInverseConfig(16, 16, 16, 1, 1, "ieee", "fp64")
@@ -272,24 +271,6 @@ def test_offsets_past_31_bits() -> None:
     matrices, *_ = _tables(((30, 11008),), (0,), 64, 32)
     assert matrices.dtype == np.int64
     assert matrices[-1, 0] == 29 * 11008**2 > 2**31
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("offset", [0, 2**31 + 16], ids=["near", "far"])
-def test_kernel_reads_matrices_past_31_bits(offset: int) -> None:
-    """Workspaces of 8 GiB, of which the pages of one matrix are there; an offset that wraps finds no memory."""
-    size = 16
-    far = [torch.empty(offset + size**2).as_strided((size, size), (size, 1), offset) for _ in range(3)]
-    inverse, damped, left = far
-    for tensor, scale in ((inverse, 1), (damped, 3)):
-        half = scale * torch.arange(float(size**2)).view(size, size) % 5
-        tensor.copy_(half + half.mT)
-    matrices = torch.tensor([[offset, size, size, 0, 0, 0]])
-    tiles, modes = torch.tensor([[0, 0, 0]], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    starts = [tensor.as_strided((1,), (1,), 0) for tensor in far]
-    options = {"BLOCK_M": size, "BLOCK_N": size, "BLOCK_K": size, "PRECISION": "ieee"}
-    residual_kernel[(1,)](matrices, tiles, modes, *starts, torch.empty(1), **options)
-    assert torch.equal(left, torch.eye(size) - inverse @ damped)
 
 
 def test_config_goes_through_integers() -> None:

@@ -235,10 +235,23 @@ def test_opcheck() -> None:
     factors, rows, ones = lists("mixed")
     alphas, betas = torch.tensor(ALPHAS), torch.tensor(BETAS)
     factors = [torch.nan_to_num(factor) for factor in factors]
-    outputs = torch.zeros(MATRICES), torch.zeros(MATRICES, dtype=torch.int32)
+    outputs = [torch.zeros(MATRICES), torch.zeros(MATRICES, dtype=torch.int32)]
     torch.library.opcheck(
-        torch.ops.triton_curv.accumulate_factors_, (factors, rows, alphas, betas, ones, *outputs, SPLIT.to_ints())
+        torch.ops.triton_curv.accumulate_factors_, (factors, rows, alphas, betas, ones, outputs, SPLIT.to_ints())
     )
+
+
+@pytest.mark.parametrize("wanted", [(), ("traces",), ("nonfinite",)], ids=str)
+def test_the_op_itself_without_some_statistics(wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every eager call goes through torch's dispatcher; here only what asks for it does."""
+    factors, rows, ones = lists("mixed")
+    expected = [factor.clone() for factor in factors]
+    outputs = {"traces": torch.zeros(MATRICES), "nonfinite": torch.full((MATRICES,), 7, dtype=torch.int32)}
+    same = {name: output.clone() for name, output in outputs.items()}
+    accumulate_factors_(expected, rows, ALPHAS, BETAS, ones, **{name: same[name] for name in wanted})
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # no short cut to the reference
+    accumulate_factors_(factors, rows, ALPHAS, BETAS, ones, **{name: outputs[name] for name in wanted})
+    torch.testing.assert_close([factors, outputs], [expected, same], equal_nan=True)
 
 
 def step(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:

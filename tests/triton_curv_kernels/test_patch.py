@@ -116,20 +116,6 @@ def test_second_call_equals_the_first(config: PatchConfig) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("config", ONE_PASS, ids=ALGORITHMS)
-def test_offsets_beyond_32_bits(config: PatchConfig) -> None:
-    """The second sample lies 2^31 elements behind the first; at the same place in 32 bits lies another number."""
-    setting = Setting((2, 2, 2, 3), (2, 2), {"padding": 1}, channels_last=True)
-    memory = torch.empty(2**31 + 100, dtype=torch.float16)  # 4 GiB of address space, of which two pages are used
-    input = memory.as_strided((2, 2, 2, 3), (2**31, 1, 6, 2))
-    input.copy_(setting.integers(torch.float16))
-    factor = setting.factor(ones=True)
-    target = setting.expected(factor, input, 0.5, 1.0, ones=True)
-    launch_accumulate_patch_factor_(factor, input, geometry_of(setting), 0.5, 1.0, True, config)
-    assert torch.equal(factor.double(), target)
-
-
-@pytest.mark.interpreter
 @pytest.mark.parametrize("config", [IMPLICIT, SPLIT[2]], ids=["one pass", "split"])
 def test_launch_writes_the_view_and_nothing_else(config: PatchConfig) -> None:
     setting = Setting((2, 3, 5), (2,), {"groups": 2})

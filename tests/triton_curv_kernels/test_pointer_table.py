@@ -209,22 +209,6 @@ def test_default_is_one_of_the_pruned_configs(gpu: str, numel: int) -> None:
 FAR = 2**31 + 2**20
 
 
-def far_apart(dtype: torch.dtype) -> Tensor:
-    """Two rows of 3 elements, more than 2^31 elements apart; memory nobody touches is not there."""
-    return torch.empty_strided((2, 3), (FAR, 1), dtype=dtype)
-
-
-@pytest.mark.interpreter
-def test_strides_over_32_bits() -> None:
-    params, updates = far_apart(torch.bfloat16), far_apart(torch.bfloat16)
-    values = torch.arange(6.0).view(2, 3)
-    params.copy_(values)
-    updates.copy_(10 * values)
-    hyper = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
-    launch_momentum_update_([params], [torch.zeros(2, 3)], [updates], [torch.tensor(0.5)], hyper)
-    torch.testing.assert_close(params.float(), -4 * values)
-
-
 @pytest.mark.interpreter
 def test_a_block_beyond_32_bits() -> None:
     """The last block only of a tensor of over 2^31 elements: the table is cut down to it."""

@@ -100,7 +100,7 @@ class FactorStore:
     the layer, and samples of its first, second, ... call in a forward, the largest of which is N: a layer called twice
     sees its samples twice, and a call whose output is not used brings none. `units`, if `units_known`, is N of all.
     Vectors over factor matrices, in the order of the banks: `folds`, `shifts` of the last inversion, `failures` in a
-    row, `rungs`, `residuals`.
+    row, `rungs`, `residuals`, and `folded_traces`: tr M of the statistics that the last fold brought.
     """
 
     def __init__(
@@ -161,6 +161,7 @@ class FactorStore:
         self.is_input = torch.tensor(is_input, device=device)
         self.key_of_row = torch.tensor(key_of_row, device=device)
         self.folds = torch.zeros(len(owner), dtype=dtype, device=device)
+        self.folded_traces = torch.zeros(len(owner), dtype=dtype, device=device)
         self.shifts = torch.ones(len(owner), dtype=dtype, device=device)
         self.failures = torch.zeros(len(owner), dtype=torch.int32, device=device)
         self.rungs = torch.zeros(len(owner), dtype=torch.int64, device=device)
@@ -355,18 +356,19 @@ class FactorStore:
 
     def fold_(self, how: Normalisation, due: Tensor | None = None, turn: Collection[int] | None = None) -> None:
         """Fold the pending sums into the averages and empty them. `turn`: the blocks that have some; None: any."""
+        traces = self.traces(sums=True)
         if turn is not None:
             pieces = {key: pack(self.sums_in_weight_order(key)) for key in self._keys_of(turn)}
-            self.fold_packed_(pieces, how, due, self.traces(sums=True), turn)
+            self.fold_packed_(pieces, how, due, traces, turn)
             return
-        scale, weight = self.pending(how, due)
+        scale, weight = self.pending(how, due, traces)
         all_usable = known_true(weight > 0)
         for bank in self.banks:
             sums, rows = self._in_weight_order(bank.sums, bank.orders), bank.rows
             if not all_usable:  # 0 * inf is not 0
                 sums.masked_fill_((weight[rows] == 0)[:, None, None], 0.0)
             self._average_(bank, slice(None), pack(sums).mul_(scale[rows, None]), weight[rows])
-        self._note_fold(weight, due)
+        self._note_fold(weight, due, traces * scale)
 
     def fold_packed_(
         self,
@@ -384,7 +386,7 @@ class FactorStore:
             fresh = packed.view(-1, packed_size(bank.size)) * scale[rows, None]
             fresh.masked_fill_((weight[rows] == 0)[:, None], 0.0)
             self._average_(bank, place, fresh, weight[rows])
-        self._note_fold(weight, due, turn)
+        self._note_fold(weight, due, traces * scale, turn)
 
     @staticmethod
     def _average_(bank: Bank, place: slice, fresh: Tensor, weight: Tensor) -> None:
@@ -396,8 +398,11 @@ class FactorStore:
             last.copy_(torch.where(folded, bank.averages[place], last))
         bank.averages[place].lerp_(fresh, weight[:, None])
 
-    def _note_fold(self, weight: Tensor, due: Tensor | None, turn: Collection[int] | None = None) -> None:
-        """Count what was folded and what was discarded, and empty the sums."""
+    def _note_fold(
+        self, weight: Tensor, due: Tensor | None, traces: Tensor, turn: Collection[int] | None = None
+    ) -> None:
+        """Count what was folded and what was discarded, note its traces, and empty the sums."""
+        self.folded_traces.copy_(torch.where(weight > 0, traces, 0.0))
         samples = self.seen()
         used = samples[self.owner] > 0
         if due is not None:

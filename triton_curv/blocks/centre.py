@@ -14,6 +14,7 @@ from triton_curv.blocks.conv_rows import ConvRowsRule
 from triton_curv.blocks.dense import DenseRule, TransposedDenseRule
 from triton_curv.packing import pack
 
+MOST = 0.999  # of the trace of G that is taken out: a lone sample has no covariance, and G would have no scale
 CENTRED = (ConvRule, ConvRowsRule, DenseRule, TransposedDenseRule)  # rules that register a scaled signal are not
 
 
@@ -22,15 +23,21 @@ class Mean(NamedTuple):
 
     G - b b^T / T is their covariance, summed over a sample's positions: positive semidefinite, because
     b b^T <= T G. The gradient of the bias is b.
+
+    Of samples that are all alike, or of one, nothing would be left but rounding, by which no damping can be measured:
+    then `MOST` of G goes, and its direction and what is damped relative to it stay those of G.
     """
 
     signal: Tensor
     positions: Tensor
 
-    def weight(self) -> Tensor:
-        """1 / T; 0 where T is not known, or b is not finite."""
+    def weight(self, traces: Tensor) -> Tensor:
+        """1 / T or less, for each of the factor's matrices, whose `traces` are given; 0 where T or b is not finite."""
         usable = (self.positions > 0) & self.positions.isfinite() & self.signal.sum().isfinite()
-        return torch.where(usable, 1 / self.positions, 0.0)
+        of_groups = traces.view(len(self.signal), -1)
+        squares = self.signal.square().sum(1, keepdim=True)
+        most = torch.where(squares > 0, MOST * of_groups.sum(1, keepdim=True) / squares, torch.inf)
+        return torch.where(usable, torch.minimum(most, 1 / self.positions), 0.0).expand_as(of_groups).reshape(-1)
 
     def outer(self, size: int) -> Tensor:
         """b b^T, (groups, d_out, d_out), or its diagonal blocks of a size; 0 where b is not finite."""
@@ -75,5 +82,6 @@ def centre_(store: FactorStore, means: Mapping[FactorKey, Mean], before: Tensor,
             continue
         rows = store.rows(key)
         folds = store.folds[rows]
-        weight = torch.where(folds > before[rows], (1 - decay) / (1 - decay**folds), 0.0) * mean.weight()
+        weight = torch.where(folds > before[rows], (1 - decay) / (1 - decay**folds), 0.0)
+        weight = weight * mean.weight(store.folded_traces[rows])
         store.packed(key).view(len(folds), -1).sub_(pack(mean.outer(store.size(key))).mul_(weight[:, None]))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
 from triton_curv.blocks import Block, MaskedSource, Source
@@ -100,6 +101,7 @@ class CaptureSwitch:
         self.meter: dict[int, float] | None = None
         # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.anchor_node = get_gradient_edge(self.anchor).node
         self.counter = CallCounter()
         self.begin_step(enabled)
 
@@ -119,6 +121,26 @@ class Site:
     block: Block
     source: Source
     counted: bool = True
+
+
+def _executes(node: Node) -> bool:
+    """Whether the backward pass under way gets to a leaf."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what torch has for a leaf that `torch.autograd.grad` was asked for
+        return True
+
+
+def trains(switch: CaptureSwitch, block: Block) -> bool:
+    """Whether the eager backward pass under way makes gradients of the block's parameters, or is `sample_fisher`'s.
+
+    One to other leaves alone, for gradients of inputs (penalties, attacks), says nothing about this step. `backward()`
+    gets to all leaves, so to the anchor, which tells it without a look at the parameters: those that FSDP2 shards are
+    not the ones it differentiates by.
+    """
+    if _executes(switch.anchor_node):
+        return True
+    return any(_executes(get_gradient_edge(p).node) for p in block.rule.params.values() if p.requires_grad)
 
 
 class _Tap(torch.autograd.Function):
@@ -149,7 +171,7 @@ class _Tap(torch.autograd.Function):
             inputs, *rest = ctx.saved_tensors
             site = ctx.site
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, rest[0] if rest else None)
-        elif ctx.switch.recording and grad_output.numel():  # a rank's batch may be empty
+        elif ctx.switch.recording and grad_output.numel() and trains(ctx.switch, ctx.site.block):  # may be empty
             inputs, *rest = ctx.saved_tensors
             site, mask = ctx.site, rest[0] if rest else ctx.switch.mask
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, mask)
@@ -165,8 +187,8 @@ def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, train
     """The output, whose backward hands `inputs` and its gradient to the site."""
     if torch.compiler.is_compiling():
         note_trace(switch)
-    elif not site.block.due:
-        return output
+    elif not site.block.due or torch._C._functorch.is_functorch_wrapped_tensor(output):
+        return output  # what torch.func differentiates by is not this pass of training
     elif switch.watch is not None:
         switch.watch.forward(site.block)
     if switch.mask is not None and isinstance(site.source, MaskedSource):

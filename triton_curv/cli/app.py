@@ -116,7 +116,7 @@ def profile(
         str | None, typer.Argument(metavar="SCENARIO|SCRIPT.py", show_default=False, help="What to profile.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="Of a scenario: see `triton-curv train`.")] = "kfac",
-    steps: Annotated[int, typer.Option(help="Of a scenario: steps to profile after a warm-up.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Of a scenario: steps to profile after a warm-up.")] = 40,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     nsys: Annotated[
         Path | None, typer.Option(metavar="FILE.sqlite", help="Read an Nsight Systems export instead.")

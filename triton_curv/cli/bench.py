@@ -38,12 +38,14 @@ def step(
     import torch
 
     from triton_curv.training.environment import hardware
+    from triton_curv.training.files import require_folder
     from triton_curv.training.step_bench import NAMES, bench_steps
 
     names = optimizers.split(",") if optimizers else list(NAMES)
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise typer.BadParameter(f"expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    require_folder(out)
     times = bench_steps(scenario, names, [False, True] if compiled else [False], rounds, block)
     print(f"{scenario}: {'optimizer':12} {'mode':9} {'passes ms':>10} {'update ms':>10} {'step ms':>9} {'first s':>8}")
     for row in times:
@@ -71,7 +73,6 @@ def step(
         }
         for t in times
     ]
-    out.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(fresh[0]))
         writer.writeheader()

@@ -13,6 +13,8 @@ from rich.table import Table
 from triton_curv.cli.models import build_without_data, find_model
 from triton_curv.explanation import Explanation, Ranks, explain, on_ranks, write_page
 from triton_curv.explanation.units import readable_bytes, readable_flops
+from triton_curv.training.errors import OutputError
+from triton_curv.training.files import require_folder
 
 WIDTH = 150
 LONGEST_NAME = 48
@@ -49,8 +51,11 @@ def run_explain(options: ExplainOptions) -> None:
     )
     shared = None if options.ranks is None else on_ranks(explanation, options.ranks)
     if options.html is not None:
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        write_page(explanation, options.html, "" if shared is None else str(shared))
+        require_folder(options.html.absolute().parent)
+        try:
+            write_page(explanation, options.html, "" if shared is None else str(shared))
+        except OSError as error:
+            raise OutputError(f"cannot write the page {options.html}: {error.strerror}") from error
     if options.json:
         content = explanation.to_json()
         print(json.dumps(content if shared is None else {**content, "ranks": shared.to_json()}, indent=1))

@@ -21,7 +21,7 @@ from triton_curv.profiling.run import profile_scenario, profile_script
 from triton_curv.profiling.stages import StageTime
 from triton_curv.profiling.stopwatch import stopwatch_for
 from triton_curv.profiling.table import StageRow, rows_of
-from triton_curv.training.files import replaced_folder
+from triton_curv.training.files import replaced_folder, require_replaceable
 
 WIDTH = 110
 PICTURE, TABLE = "stages.png", "stages.csv"
@@ -41,6 +41,9 @@ def run_profile(
         raise ConfigurationError(
             "expected a scenario or script.py to profile, or --nsys FILE.sqlite to read: one of them"
         )
+    if target is not None and target.endswith(".py") and not Path(target).is_file():
+        raise ConfigurationError(f"expected a script to profile, got no file at {target}")
+    require_replaceable(out, (PICTURE, TABLE))
     totals: dict[str, Totals] = {}
     roofs: Roofs | None = None
     times: dict[str, StageTime]

@@ -124,11 +124,14 @@ class Curvature:
         """The block's factors as they are once pending statistics are folded in."""
         how = self.options.normalisation(self.signal_scale)
         factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
-        blocks = centred_blocks([block]) if self.options.centred else []
+        pending = self.store.held is None  # on several ranks `peek` leaves out what has not been folded
+        blocks = centred_blocks([block]) if self.options.centred and pending else []
         gradients = gradients_of_biases(blocks, self.store.samples)
         counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
         for key, mean in means_of(blocks, gradients, counts, how, self.options.loss_scale).items():
-            weight = self.store.pending(how)[1][self.store.rows(key)] * mean.weight()
+            rows = self.store.rows(key)
+            scale, weight = (vector[rows] for vector in self.store.pending(how))
+            weight = weight * mean.weight(self.store.traces(sums=True)[rows] * scale)
             factors[key.name].sub_(mean.outer(self.store.size(key)) * weight[:, None, None])
         return factors
 
@@ -257,7 +260,7 @@ class Curvature:
             raise NoStatisticsError(
                 f"expected a tapped backward pass through every layer with a gradient, got none for {missed}: was the "
                 "model compiled and run before KFAC was built (then call torch.compiler.reset()), or is the layer's "
-                "forward bypassed?"
+                "forward bypassed, or inside a transform of torch.func?"
             )
 
     def _due(self, steps: int) -> list[bool]:
@@ -391,6 +394,28 @@ class Curvature:
             self.clock["renewal"] = part + 1 if part + 1 < len(self.parts) else IDLE
 
     # ---- between steps
+
+    def state_of(self, block: Block) -> dict[str, Tensor]:
+        """What is saved of a block: views of the buffers."""
+        store, found = self.store, dict[str, Tensor]()
+        for name, key in block.keys.items():
+            rows = store.rows(key)
+            found[name] = store.packed(key)
+            found[f"{name}_inverse"] = store.view("inverses", key)
+            found[f"{name}_failures"] = store.failures[rows]
+            found[f"{name}_folds"] = store.folds[rows]
+            found[f"{name}_shift"] = store.shifts[rows]
+            if store.has_spectra(key):
+                found[f"{name}_spectrum"] = store.view("spectra", key)
+            if self.options.adaptive is not None:
+                found[f"{name}_last"], found[f"{name}_before"] = store.packed(key, 1), store.packed(key, 2)
+                found[f"{name}_refresh"] = self.timers[store.keys.index(key)]
+        found["samples"] = store.samples[block.index]
+        if self.turns.wanted:
+            found["work"] = self.turns.work[block.index]
+        if block.moments is not None:
+            found["moments"], found["moments_folds"] = block.moments.averages, block.moments.folds
+        return found
 
     def wanted(self, steps: int) -> bool:
         """Whether the backward pass of a step is to give statistics; marks the blocks that are due."""

@@ -1,7 +1,8 @@
 """Which layer of a model gets a block, and which parameter group each parameter lands in."""
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 
 from triton_curv.blocks import (
     DenseRule,
@@ -37,13 +39,37 @@ def choose(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError for a number out of range in a parameter group."""
+    """Raise ConfigurationError for a number out of range in a parameter group, or a parameter that can't be trained."""
+    check_parameters((f"of shape {tuple(p.shape)}", p) for p in group["params"])
     for key in ("lr", "weight_decay", "damping", "relative_damping"):
         value = float(group[key])
         if not (math.isfinite(value) and value >= 0):
             raise ConfigurationError(f"expected {key} >= 0, got {value}")
     if not 0 <= float(group["momentum"]) < 1:
         raise ConfigurationError(f"expected momentum in [0, 1), got {float(group['momentum'])}")
+
+
+def check_parameters(params: Iterable[tuple[str, Parameter]]) -> None:
+    """Raise ConfigurationError for a parameter to train that has no numbers yet, or other than real ones."""
+    for name, p in params:
+        if isinstance(p, UninitializedParameter):
+            raise ConfigurationError(
+                f"expected initialised parameters, got '{name}' of a lazy layer: run it once first"
+            )
+        if p.requires_grad and not p.is_floating_point():
+            raise ConfigurationError(f"expected real floating-point parameters, got {p.dtype}: '{name}'")
+
+
+def warn_of_untrained(names: Mapping[Parameter, str], trained: Sequence[Parameter]) -> None:
+    """Warn of parameters that were frozen when the optimizer was built, and that now have gradients."""
+    known = set(trained)
+    found = [name for p, name in names.items() if p not in known and p.requires_grad and p.grad is not None]
+    if found:
+        warnings.warn(
+            f"KFAC does not train {found}, which were frozen when it was built and now have gradients: give them to "
+            "add_param_group(), or build the optimizer anew for blocks of their layers",
+            stacklevel=6,
+        )
 
 
 def group_of(name: str, overrides: Sequence[Mapping[str, Any]]) -> int:
@@ -82,6 +108,7 @@ def rules_of(
 ) -> tuple[dict[str, Rule], dict[Parameter, str]]:
     """A rule for each layer that has one, by block name; and for every other parameter why it has none."""
     check_options(options, overrides)
+    check_parameters(model.named_parameters())
     names = {module: name for name, module in model.named_modules()}
     users: dict[Parameter, list[nn.Module]] = {}
     for module in names:

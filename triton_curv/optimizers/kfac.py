@@ -19,7 +19,7 @@ from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
-from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of
+from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of, warn_of_untrained
 from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
 from triton_curv.optimizers.kfac_options import Even, KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
@@ -251,31 +251,13 @@ class KFAC(Rebuilt):
 
     def _init_state(self) -> None:
         """All state exists from here on; tensors are views of the buffers that the step works on."""
-        curvature, store = self._curvature, self._store
+        curvature = self._curvature
         of_model = {"events": curvature.events, "damping_gain": curvature.damping_gain}
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
                     self.state[part.param] = {"momentum_buffer": like(part.momentum, part.param)}
-                first = self.state[row.parts[0].param]
-                for name, key in row.block.keys.items():
-                    rows = store.rows(key)
-                    first[name] = store.packed(key)
-                    first[f"{name}_inverse"] = store.view("inverses", key)
-                    first[f"{name}_failures"] = store.failures[rows]
-                    first[f"{name}_folds"] = store.folds[rows]
-                    first[f"{name}_shift"] = store.shifts[rows]
-                    if store.has_spectra(key):
-                        first[f"{name}_spectrum"] = store.view("spectra", key)
-                    if self.options.adaptive is not None:
-                        first[f"{name}_last"], first[f"{name}_before"] = store.packed(key, 1), store.packed(key, 2)
-                        first[f"{name}_refresh"] = curvature.timers[store.keys.index(key)]
-                first["samples"] = store.samples[row.block.index]
-                if curvature.turns.wanted:
-                    first["work"] = curvature.turns.work[row.block.index]
-                if row.block.moments is not None:
-                    first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
-                first.update(of_model)
+                self.state[row.parts[0].param].update({**curvature.state_of(row.block), **of_model})
                 of_model = {}
         self._loose, rule = list[LooseGroup](), FALLBACKS[self.options.fallback]
         for group in self.param_groups[len(self._matrices) :]:
@@ -289,12 +271,16 @@ class KFAC(Rebuilt):
         super().add_param_group(param_group)
         if self.__dict__.get("_ready", False):
             group = self.param_groups[-1]
-            check_hyper_parameters(group)
+            try:
+                check_hyper_parameters(group)
+            except ConfigurationError:
+                self.param_groups.pop()
+                raise
             self._late.append(group)
             self._loose.append(LooseGroup.of(group["params"], FALLBACKS[self.options.fallback], self.state))
             self._params += group["params"]
             for p in group["params"]:
-                self._names[p] = f"added parameter {len(self._names)}"
+                self._names.setdefault(p, f"added parameter {len(self._names)}")
                 self._reasons[p] = "added by add_param_group"
             self._hyper = HyperParameters(len(self.param_groups), self._store.samples.dtype, self._store.samples.device)
 
@@ -394,6 +380,7 @@ class KFAC(Rebuilt):
         curvature = self._curvature
         self._exchange.gradients_(self._params)
         if curvature.statistics_due(steps):
+            warn_of_untrained(self._names, self._params)
             curvature.renew_statistics(steps)
         if curvature.any_seen:
             curvature.renew_inverses(steps)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+COMMIT_VARIABLE = "TRITON_CURV_COMMIT"
+
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a result depends on; None where one is not installed."""
@@ -31,10 +33,13 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The git commit of this source tree, with "+" where files differ from it; None outside a checkout."""
+    """The git commit of this source tree, with "+" where files differ from it.
+
+    Outside a checkout what TRITON_CURV_COMMIT says, for files that were copied to another machine; None without it.
+    """
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # not installed inside another repository
-        return None
+        return os.environ.get(COMMIT_VARIABLE) or None
     changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
     head = _git(here.parent, "rev-parse", "HEAD")
     return f"{head}+" if head and changed else head
