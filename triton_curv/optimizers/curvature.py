@@ -286,12 +286,14 @@ class Curvature:
 
     def renew_statistics(self, steps: int) -> None:
         """Region 1 and when it comes next; the adaptive rule also renews the inverses of what it has folded."""
-        if steps >= self.clock["next_fold"] or not self.any_seen:
-            self.turns.begin("fold", steps)
+        begins = steps >= self.clock["next_fold"] or not self.any_seen
         rule = self.options.adaptive
         if rule is None:
-            self.fold(steps)
+            self.fold(steps)  # may raise; then the step is still to be made
+            if begins:
+                self.turns.begin("fold", steps)
             return
+        self.turns.begin("fold", steps)
         due = self._due(steps)
         if not any(due):
             return
