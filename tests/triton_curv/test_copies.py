@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -106,3 +108,23 @@ def test_an_optimizer_that_is_part_of_its_model() -> None:
         assert twin.optimizer.param_groups[0]["params"][0] is not model.optimizer.param_groups[0]["params"][0]
         with pytest.raises(AttributeError, match="nothing"):
             _ = twin.optimizer.nothing
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_deleted_optimizer_leaves_its_model(alive: bool) -> None:
+    model = Net()
+    plain = [len(module._forward_hooks) for module in model.modules()]
+    other = tc.KFAC(model) if alive else None
+    before = [len(module._forward_hooks) for module in model.modules()]
+    optimizer = tc.KFAC(model)
+    advance(model, optimizer, ExponentialLR(optimizer, 0.9), 2)
+    store = weakref.ref(optimizer._store)
+    del optimizer
+    gc.collect()
+    assert store() is None
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+    assert ("forward" in model.attention.__dict__) == alive
+    if other is not None:
+        advance(model, other, ExponentialLR(other, 0.9), 2)
+    else:
+        assert before == plain

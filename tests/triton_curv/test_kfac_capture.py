@@ -209,3 +209,11 @@ def test_transforms_of_torch_func_run_beside_training() -> None:
     model(x).square().mean().backward()
     optimizer.step()
     assert optimizer.blocks["0"].folds() == 1
+
+
+def test_replicas_on_other_devices_are_refused() -> None:
+    model = nn.DataParallel(small_net())
+    tc.KFAC(model)  # one device: the model itself runs
+    model.device_ids = [0, 1]
+    with pytest.raises(tc.ConfigurationError, match="DistributedDataParallel"):
+        tc.KFAC(model)

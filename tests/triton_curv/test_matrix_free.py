@@ -422,3 +422,21 @@ def test_arguments_out_of_range_are_refused(kind: Kind, options: dict[str, Any])
 def test_a_model_without_trainable_parameters_is_refused(kind: Kind) -> None:
     with pytest.raises(ConfigurationError, match="trainable"):
         kind.build(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, ValueError])
+def test_a_closure_that_ends_a_trial_leaves_the_weights_before_the_step(
+    kind: Kind, ending: type[BaseException]
+) -> None:
+    problem = make_problem("linear")
+    opt = kind.build(problem.model, line_search=True, product=kind.products[0])
+    before = problem.flat()
+
+    def closure() -> Any:
+        if not torch.equal(problem.flat(), before):
+            raise ending
+        return kind.returns(*problem.pair_closure())
+
+    with pytest.raises(ending):
+        opt.step(closure)
+    assert torch.equal(problem.flat(), before)

@@ -124,6 +124,15 @@ def test_errors_by_name() -> None:
     with pytest.raises(NonFiniteError):
         opt.step(lambda: problem.loss_closure() * float("nan"))
     assert torch.equal(problem.flat(), w)
+
+    def ends_inside() -> Tensor:
+        if not torch.equal(problem.flat(), w):
+            raise KeyboardInterrupt
+        return problem.loss_closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(ends_inside)
+    assert torch.equal(problem.flat(), w)
     for options in ({"inner_lr": 0.0}, {"inner_steps": -1}, {"damping": -1.0}, {"lr": -1.0}):
         with pytest.raises(ConfigurationError):
             NeumannInner(problem.model, **options)

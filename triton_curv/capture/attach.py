@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from torch.nn import Module, MultiheadAttention
+from torch.nn import DataParallel, Module, MultiheadAttention
 
 from triton_curv.blocks import Block, TiedEmbeddingRule, TiedRule
 from triton_curv.blocks.kind import layer_kind
 from triton_curv.capture.attention import AttentionTaps, attach_attention
 from triton_curv.capture.tap import CaptureSwitch, LayerHook, ModelHook, Site
+from triton_curv.errors import ConfigurationError
 
 
 class Handle(Protocol):
@@ -19,7 +20,15 @@ class Handle(Protocol):
 
 
 def attach_taps(model: Module, blocks: Iterable[Block], switch: CaptureSwitch) -> list[Handle]:
-    """Tap every block's layers while `switch.enabled`: by forward hooks, attention by another forward."""
+    """Tap every block's layers while `switch.enabled`: by forward hooks, attention by another forward.
+
+    Raises ConfigurationError for a model whose layers run as replicas, on other devices than the factors.
+    """
+    replicated = [m for m in model.modules() if isinstance(m, DataParallel) and len(m.device_ids) > 1]
+    if replicated:
+        raise ConfigurationError(
+            f"expected DistributedDataParallel or no wrapper, got DataParallel on devices {replicated[0].device_ids}"
+        )
     hooks: list[Handle] = [model.register_forward_pre_hook(ModelHook(switch))]
     attentions = {
         m.out_proj: m

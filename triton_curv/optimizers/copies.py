@@ -1,10 +1,40 @@
-"""Copies of optimizers that hold on to their model: `copy.deepcopy` and pickle give one that works on the copy."""
+"""Lives of optimizers that hold on to their model: copies work on the copied model, a deleted one leaves it alone."""
 
-from typing import Any, Self
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, Self, TypeVar
 
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from triton_curv.capture import Handle
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def weakly(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A bound method that does not keep its object alive: the model's taps are not to hold the optimizer."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        found = reference()
+        if found is None:
+            raise ReferenceError("the optimizer of these blocks was deleted")
+        return found(*args, **kwargs)
+
+    return call
+
+
+def release_with(optimizer: Optimizer, handles: Iterable[Handle]) -> None:
+    """Take taps off the model when its optimizer is deleted; they would hold all factors, and add to them for ever."""
+    weakref.finalize(optimizer, _remove, list(handles)).atexit = False
+
+
+def _remove(handles: list[Handle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class Rebuilt(Optimizer):

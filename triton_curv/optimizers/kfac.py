@@ -14,7 +14,7 @@ from triton_curv.health import health_of
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import InverseName
 from triton_curv.nvtx import stage
-from triton_curv.optimizers.copies import Rebuilt
+from triton_curv.optimizers.copies import Rebuilt, release_with, weakly
 from triton_curv.optimizers.curvature import CLOCK, Curvature
 from triton_curv.optimizers.exchange import Alone, Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
@@ -234,11 +234,12 @@ class KFAC(Rebuilt):
         dtype = torch.float64 if wide else torch.float32
         compiled = self._regions.compiling is not None
         self._exchange: Exchange = exchange_for(ordered, self._found, self._sharding, options, dtype, compiled)
-        clock = self.param_groups[0]
+        clock, rows = self.param_groups[0], weakly(self._current_rows)
         groups = [i for i, names in enumerate(blocks_of) for _ in names]
         self._curvature = Curvature(
-            model, ordered, options, self._scaler, clock, self._current_rows, groups, self._exchange, self._regions
+            model, ordered, options, self._scaler, clock, rows, groups, self._exchange, self._regions
         )
+        release_with(self, self._curvature.handles)
         self._store, self._switch, self.blocks = self._curvature.store, self._curvature.switch, self._curvature.blocks
         some = self._store.samples
         self._matrices = [self._exchange.matrices_of([self.blocks[n] for n in group], some) for group in blocks_of]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Generic, Literal, TypeVar
@@ -382,16 +383,26 @@ class Trial:
         at = self._recurrences.number(scale, self._weights[0])
         self._recurrences.move_(self._params, self._weights, step, at)
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Put the weights before the step back if what runs inside ends with an exception, Ctrl-C included."""
+        try:
+            yield
+        except BaseException:
+            torch._foreach_copy_(self._params, self._weights)
+            raise
+
     def loss(self) -> float:
-        """The loss at the weights as they are."""
+        """The loss at the weights as they are; if that raises, they are those before the step."""
         total = 0.0
 
         def take(result: Any) -> None:
             nonlocal total
             total += float(self._loss_of(result))
 
-        self._closure.again(take)
-        return self._mean.number(total)
+        with self.restoring():
+            self._closure.again(take)
+            return self._mean.number(total)
 
     @stage("line search", payload=lambda trial, *_: MAX_SHRINKS)
     def backtrack(self, step: Vectors, loss_before: float, slope: float, loss_now: float) -> float:

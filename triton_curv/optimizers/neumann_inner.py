@@ -116,7 +116,7 @@ class NeumannInner(MatrixFree):
             displacement = list(torch._foreach_mul(m, eta))
             trial.move(displacement)
             torch._foreach_zero_(gradient)
-            with torch.enable_grad():
+            with trial.restoring(), torch.enable_grad():
                 frozen.again(take)
             m = add_scaled(m, widened(self._mean.vectors(gradient)), -1.0)
             m = add_scaled(m, displacement, -damping)
