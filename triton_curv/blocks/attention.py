@@ -43,7 +43,7 @@ class ProjectionPart(MaskedSource):
         """A += (samples / rows) a^T a and G += g^T g."""
         own = {key: total.unflatten(0, (len(ROLES), -1))[self.index] for key, total in sums.items()}
         rows = rows_of(inputs, grad_output, self.has_bias, self.options, self.mask)
-        samples, used = rows.uses
+        samples, used, _ = rows.uses
         if isinstance(used, Tensor):
             share = samples / used.to(torch.promote_types(rows.inputs.dtype, torch.float32))
             self.input_side.accumulate_(own, rows.inputs * share.sqrt(), rows.ones)

@@ -12,6 +12,7 @@ from triton_curv.blocks.inversion import invert_
 from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.blocks.samples import samples_of
 from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
@@ -98,7 +99,8 @@ class FactorStore:
 
     Vectors over blocks: `samples` in the last fold and `counts` since it, (blocks, 1 + USES): rows over all calls of
     the layer, and samples of its first, second, ... call in a forward, the largest of which is N: a layer called twice
-    sees its samples twice, and a call whose output is not used brings none. `units`, if `units_known`, is N of all.
+    sees its samples twice, and a call whose output is not used brings none. `shared` is 1 where a call serves a whole
+    batch: see `samples_of`. `units`, if `units_known`, is N of all.
     Vectors over factor matrices, in the order of the banks: `folds`, `shifts` of the last inversion, `failures` in a
     row, `rungs`, `residuals`, and `folded_traces`: tr M of the statistics that the last fold brought.
     """
@@ -119,6 +121,7 @@ class FactorStore:
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
+        self.shared = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.units = torch.zeros(1, dtype=dtype, device=device)  # not 0-dim: graphs lose what they write to float64
         self.units_known = False
         self.products = ProductQueue()
@@ -289,7 +292,7 @@ class FactorStore:
 
     def seen(self) -> Tensor:
         """Units N of each block since the last fold; 0 where its layer was not used."""
-        samples = self.counts[:, 1:].amax(1)
+        samples = samples_of(self.counts, self.shared, self.samples)
         return torch.where(samples > 0, self.units, 0.0) if self.units_known else samples
 
     def add_units(self, units: Tensor | float) -> None:

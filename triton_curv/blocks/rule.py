@@ -23,10 +23,14 @@ class FactorShape(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Units (samples) that one call of a layer contributed, and what A is divided by: rows (samples x positions)."""
+    """Units (samples) that one call of a layer contributed, and what A is divided by: rows (samples x positions).
+
+    `shared`: the call had no samples of its own, its output served all of the batch.
+    """
 
     samples: int
     rows: int | Tensor
+    shared: bool = False
 
 
 class Source(Protocol):

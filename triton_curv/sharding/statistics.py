@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.samples import samples_of
 from triton_curv.nvtx import stage
 from triton_curv.packing import pack
 from triton_curv.sharding.buckets import Bucket
@@ -25,13 +26,13 @@ class Totals(NamedTuple):
     stale: Tensor
 
 
-def signal_weights(store: FactorStore, how: Normalisation) -> tuple[Tensor, Tensor]:
+def signal_weights(store: FactorStore, how: Normalisation, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Units n of this rank for each block, and n^2: what makes sums of g g^T for a mean loss those of a summed one.
 
     A rank's gradients are those of the mean over its own n units; of the mean over all N = sum n they are N/n times
     too large. With n^2 the sums over ranks are those of the summed loss of all.
     """
-    units = store.units.expand_as(store.samples) if store.units_known else store.counts[:, 1:].amax(1)
+    units = store.units.expand_as(store.samples) if store.units_known else samples
     return units, torch.ones_like(units) if how.summed else units.square()
 
 
@@ -119,8 +120,8 @@ class StatisticsExchange:
     def totals(self, how: Normalisation) -> tuple[Totals, Tensor]:
         """Counts and traces over all ranks by one all-reduce, and the scale of this rank's sums for each row."""
         store = self.store
-        units, squares = signal_weights(store, how)
-        samples = store.counts[:, 1:].amax(1)
+        samples = samples_of(store.counts, store.shared, store.samples, self.channels.everyone.size)
+        units, squares = signal_weights(store, how, samples)
         weights = torch.where(store.is_input, 1.0, squares[store.owner])
         traces = store.traces(sums=True) * weights
         stale = store.samples.new_tensor([float(self._stale)])
