@@ -137,7 +137,9 @@ def launch_apply_damped_inverse(
     transposed = torch.empty(work.workspace, dtype=some.dtype, device=some.device)
     sums = torch.empty((len(work.layer_of), 2), dtype=torch.float32, device=some.device)
     products, squares = (torch.empty(len(grads), dtype=torch.float32, device=some.device) for _ in range(2))
-    clip = torch.ones((), dtype=torch.float32, device=some.device)
+    clip = torch.empty((), dtype=torch.float32, device=some.device)
+    has_clip = kl_clip is not None
+    limits = (kl_clip, lr) if has_clip else (torch.ones_like(clip),) * 2  # then what the kernel makes of it is not used
     tiling = {
         "FLAT": flat,
         "BLOCK": config.BLOCK,
@@ -155,10 +157,8 @@ def launch_apply_damped_inverse(
         wrap_triton(second_kernel)[(len(work.second),)](
             work.matrices, work.second, update, grad, of_g, transposed, sums, **tiling
         )
-    has_clip = kl_clip is not None
     wrap_triton(finish_kernel)[(len(grads) + 1,)](
-        *(work.layers, work.layer_of, sums),
-        *((kl_clip, lr) if has_clip else (clip, clip)),
+        *(work.layers, work.layer_of, sums, *limits),
         *(len(work.layer_of), 0 if not has_clip or lr.dim() == 0 else lr.stride(0)),
         *(products, squares, clip),
         BLOCK=1024,
@@ -166,7 +166,7 @@ def launch_apply_damped_inverse(
     if flat:
         pieces = update.split([u.numel() for u in updates])
         torch._foreach_copy_(updates, [piece.view(u.shape) for piece, u in zip(pieces, updates, strict=True)])
-    return products, squares, clip
+    return products, squares, clip if has_clip else limits[0]
 
 
 def _chosen(grads: Sequence[Tensor], inverse_A: Sequence[Tensor]) -> ApplyConfig:

@@ -132,6 +132,13 @@ def test_clip_of_the_reference(lr: Tensor) -> None:
     check_clip(apply_damped_inverse, lr)
 
 
+@pytest.mark.interpreter
+def test_clip_of_a_launch_that_clips_nothing_is_1() -> None:
+    inputs = positive()
+    assert definition(*inputs)[1].sum() > 1
+    assert launch_apply_damped_inverse([torch.empty_like(d) for d in inputs[0]], *inputs)[2].item() == 1.0
+
+
 def check_clip(apply: Apply, lr: Tensor) -> None:
     """min(1, sqrt(kappa / sum lr^2 <P, D>)): clipped, not clipped, nothing to clip, NaN."""
     inputs = positive()

@@ -248,9 +248,11 @@ def test_the_op_itself_without_some_statistics(wanted: tuple[str, ...], monkeypa
     expected = [factor.clone() for factor in factors]
     outputs = {"traces": torch.zeros(MATRICES), "nonfinite": torch.full((MATRICES,), 7, dtype=torch.int32)}
     same = {name: output.clone() for name, output in outputs.items()}
-    accumulate_factors_(expected, rows, ALPHAS, BETAS, ones, **{name: same[name] for name in wanted})
+    traces, nonfinite = (same[name] if name in wanted else None for name in same)
+    accumulate_factors_(expected, rows, ALPHAS, BETAS, ones, traces, nonfinite)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # no short cut to the reference
-    accumulate_factors_(factors, rows, ALPHAS, BETAS, ones, **{name: outputs[name] for name in wanted})
+    traces, nonfinite = (outputs[name] if name in wanted else None for name in outputs)
+    accumulate_factors_(factors, rows, ALPHAS, BETAS, ones, traces, nonfinite)
     torch.testing.assert_close([factors, outputs], [expected, same], equal_nan=True)
 
 

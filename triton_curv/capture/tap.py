@@ -6,7 +6,9 @@ alive there anyway for the weight gradient. Module backward hooks would break `t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -45,33 +47,34 @@ class CallCounter:
 
 
 # `torch.compile` counts while it traces and keeps the numbers: a count that changes inside a region under activation
-# checkpointing would be a side effect that it refuses.
+# checkpointing would be a side effect that it refuses. Before torch 2.13 such functions take constants only, hence a
+# switch by name; a number that changes would become a symbol.
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def begin_forward(counter: CallCounter) -> bool:
-    """`counter.begin_forward()`."""
-    counter.begin_forward()
+def begin_forward(switch: str) -> bool:
+    """`counter.begin_forward()` of a switch."""
+    _switches[switch].counter.begin_forward()
     return True
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def next_use(counter: CallCounter, name: str) -> int:
-    """`counter.next_use(name)`."""
-    return counter.next_use(name)
+def next_use(switch: str, layer: str) -> int:
+    """`counter.next_use(layer)` of a switch."""
+    return _switches[switch].counter.next_use(layer)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def note_trace(switch: "CaptureSwitch") -> bool:
+def note_trace(switch: str) -> bool:
     """`switch.traced = True`."""
-    switch.traced = True
+    _switches[switch].traced = True
     return True
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def note_mask(switch: "CaptureSwitch", name: str, fits: bool) -> bool:
+def note_mask(switch: str, layer: str, fits: bool) -> bool:
     """Whether the mask of `count` fits the positions of a layer; of graphs it is known when they are traced."""
-    switch.mask_fits |= fits
+    _switches[switch].mask_fits |= fits
     if not fits:
-        switch.misfits.add(name)
+        _switches[switch].misfits.add(layer)
     return True
 
 
@@ -95,6 +98,8 @@ class CaptureSwitch:
     """
 
     def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
+        self.name = str(next(_numbers))
+        _switches[self.name] = self
         self.recording = records
         self.traced = False
         self.watch: Watch | None = None
@@ -112,6 +117,10 @@ class CaptureSwitch:
         self.counter.begin_step()
         if not self.traced:
             self.mask_fits, self.misfits = False, set[str]()
+
+
+_switches: WeakValueDictionary[str, CaptureSwitch] = WeakValueDictionary()
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -186,14 +195,14 @@ class _Tap(torch.autograd.Function):
 def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, training: bool) -> Tensor:
     """The output, whose backward hands `inputs` and its gradient to the site."""
     if torch.compiler.is_compiling():
-        note_trace(switch)
+        note_trace(switch.name)
     elif not site.block.due or torch._C._functorch.is_functorch_wrapped_tensor(output):
         return output  # what torch.func differentiates by is not this pass of training
     elif switch.watch is not None:
         switch.watch.forward(site.block)
     if switch.mask is not None and isinstance(site.source, MaskedSource):
-        note_mask(switch, site.block.name, site.source.fits(switch.mask, inputs))
-    use = next_use(switch.counter, site.block.name) if site.counted else 0
+        note_mask(switch.name, site.block.name, site.source.fits(switch.mask, inputs))
+    use = next_use(switch.name, site.block.name) if site.counted else 0
     args = (output, inputs.detach(), switch.mask, switch.anchor, site, switch, training, use)
     tapped: Tensor = _Tap.apply(*args)  # type: ignore[no-untyped-call]  # torch's
     return tapped
@@ -208,7 +217,7 @@ class ModelHook:
     def __call__(self, module: Module, args: tuple[Any, ...]) -> None:
         """Before the model's forward."""
         if self.switch.enabled:
-            begin_forward(self.switch.counter)
+            begin_forward(self.switch.name)
 
     def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:
         return NoHook, ()

@@ -21,7 +21,7 @@ from triton_curv.optimizers.fisher import Loss, signals
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
 from triton_curv.optimizers.regions import Folded, Lambdas, Regions
-from triton_curv.optimizers.traced import ALL, IDLE, Plan
+from triton_curv.optimizers.traced import ALL, IDLE, Plan, register_store
 from triton_curv.optimizers.turns import PERIODS, Turns
 
 CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE, **PERIODS}  # saved with the first parameter group
@@ -62,6 +62,7 @@ class Curvature:
         shapes = [dict(rule.factor_shapes) for rule in rules.values()]
         tolerance = options.tolerance_on(device, alone=exchange.held is None and regions.compiling is None)
         self.store = FactorStore(shapes, dtype, device, options.inverse, exchange.held, tolerance)
+        self.store_name = register_store(self.store)
         if options.adaptive is not None:
             self.store.keep_recent()
         self.parts = refresh_parts(self.store, options.refresh_budget)

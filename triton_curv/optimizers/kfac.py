@@ -405,9 +405,9 @@ class KFAC(Rebuilt):
     def _traced_step(self, closure: object, evaluate: object) -> None:
         """The step as a part of a graph: the regions of its plan; the host's share of it when the graph runs."""
         options, curvature, plan = self.options, self._curvature, self._plan
-        measures = options.damping_rule.interval or options.adaptive
+        blind = closure is None and evaluate is None and not (options.damping_rule.interval or options.adaptive)
         store, rows = self._store, self._hyper.rows
-        stay_traceable(store, closure is None and evaluate is None and not measures, isinstance(self._exchange, Alone))
+        stay_traceable(curvature.store_name, blind, isinstance(self._exchange, Alone))
         self._exchange.gradients_(self._params)
         if plan.fold and options.fisher != "empirical":
             store.unstash()

@@ -49,6 +49,7 @@ class Host(Protocol):
 
 
 _hosts: WeakValueDictionary[int, Host] = WeakValueDictionary()
+_stores: WeakValueDictionary[str, FactorStore] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -72,6 +73,13 @@ def _(written: list[Tensor], pending: Tensor, number: int, with_gradients: list[
     return None
 
 
+def register_store(store: FactorStore) -> str:
+    """A name for a store, likewise."""
+    name = str(next(_numbers))
+    _stores[name] = store
+    return name
+
+
 def begin_step_(written: list[Tensor], pending: Tensor, number: int, with_gradients: Sequence[int]) -> None:
     """`host.begin_step` of optimizer `number`, whenever the graph runs."""
     torch.ops.triton_curv.begin_step_(written, pending, number, list(with_gradients))
@@ -92,14 +100,15 @@ def require_gradients(names: Mapping[Any, str], params: Sequence[Tensor]) -> Non
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def _stay_dense(store: FactorStore) -> bool:
+def _stay_dense(store: str) -> bool:
+    """By name: before torch 2.13 such a function takes constants only."""
     with unset_fake_temporarily(), torch.no_grad():
-        store.stay_dense_()
+        _stores[store].stay_dense_()
     return True
 
 
-def stay_traceable(store: FactorStore, blind: bool, alone: bool) -> None:
-    """No low-rank forms from now on, whose ranks are chosen on the host.
+def stay_traceable(store: str, blind: bool, alone: bool) -> None:
+    """The store of this name makes no low-rank forms from now on, whose ranks are chosen on the host.
 
     Raises ConfigurationError for a step in a graph that has to look at values or to wait for other ranks.
     """
