@@ -1,7 +1,7 @@
 """Cost of a training step of every optimizer on every scenario, as a ratio to SGD: interleaved, medians.
 
-python -m profiles.bench_steps [SCENARIO ...] [--device cuda] [--rounds N] [--csv FILE]
-                                                              appends to profiles/results/steps.csv by default
+python -m profiles.bench_steps [SCENARIO ...] [--device cuda] [--rounds N] [--budget SECONDS] [--optimizers NAME ...]
+                               [--csv FILE]                   appends to profiles/results/steps.csv by default
 
 A step is forward, backward, step() and zero_grad(), in process CPU time or, on a GPU, in seconds of the clock; a block
 of steps holds whole refresh cycles, so the figure of K-FAC is the mean over a cycle. `optimizer_ms` is the time in
@@ -13,7 +13,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -71,18 +71,31 @@ def _timed(name: str, trainer: Trainer, steps: int, clock: Callable[[], float]) 
     return whole / steps, part / steps
 
 
-def measure(name: str, device: torch.device, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
-    """Median (step, optimizer part) in ms of every optimizer on one scenario, blocks taken in rotation."""
+def measure(
+    name: str,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    optimizers: Sequence[str] = tuple(OPTIMIZERS),
+    budget: float = float("inf"),
+) -> dict[str, tuple[float, float]]:
+    """Median (step, optimizer part) in ms of optimizers on one scenario, blocks taken in rotation.
+
+    The first round warms up. No further one begins once `budget` seconds are over, but one that counts.
+    """
+    end = time.monotonic() + budget
     scenario = get_scenario(name)
     data = scenario.load()
     cuda = device.type == "cuda"
     steps = CYCLE * (rounds + 1) * (1 + cuda)
     trainers = {
-        n: Trainer(scenario, data, n, scenario.learning_rate(n) / 10, 0, steps, device=device) for n in OPTIMIZERS
+        n: Trainer(scenario, data, n, scenario.learning_rate(n) / 10, 0, steps, device=device) for n in optimizers
     }
     blocks: dict[str, list[tuple[float, float]]] = {n: [] for n in trainers}
     with nullcontext() if cuda else one_thread():
-        for _ in range(rounds + 1):
+        for round_ in range(rounds + 1):
+            if round_ > 1 and time.monotonic() > end:
+                print(f"time is over after {round_ - 1} of {rounds} rounds")
+                break
             for n, trainer in trainers.items():
                 blocks[n].append((cuda_block if cuda else cpu_block)(n, trainer, CYCLE))
     return {
@@ -97,9 +110,12 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="blocks of each optimizer, behind a first one")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="for each scenario")
+    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), metavar="NAME")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "steps.csv")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    optimizers = list(dict.fromkeys(["sgd", "adamw", *arguments.optimizers]))  # the others are ratios to these
     machine = {
         "date": date.today().isoformat(),
         "commit": commit() or "",
@@ -108,7 +124,7 @@ def main() -> None:
     }
     rows = []
     for scenario in arguments.scenarios or SCENARIOS:
-        times = measure(scenario, device, arguments.rounds)
+        times = measure(scenario, device, arguments.rounds, optimizers, arguments.budget)
         print(f"{scenario:12} {'step ms':>9} {'x SGD':>7} {'x AdamW':>8} {'step() ms':>10}")
         for name, (step, part) in times.items():
             ratio = step / times["sgd"][0]

@@ -9,4 +9,6 @@ def known_true(flags: Tensor) -> bool:
 
     Callers take a short cut when it is True and must be right without it.
     """
-    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flags.all())
+    if flags.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(flags if flags.dim() == 0 else flags.all())

@@ -24,6 +24,7 @@ Source: Krishnan, Xiao, Saurous 2018, arXiv 1712.03298, Algorithm 2 lines 9-12 a
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import chain
 
 import torch
@@ -118,10 +119,12 @@ def neumann_update_reference(
     torch._foreach_add_(params, move)
     torch._foreach_sub_(exp_avgs, params)
     torch._foreach_mul_(exp_avgs, gamma)  # new v - new w
-    # a compiler fuses norms of single tensors with what makes these, and not the call for a list
-    traced = is_traced(*exp_avgs)
-    norms = [torch.linalg.vector_norm(t) for t in exp_avgs] if traced else torch._foreach_norm(exp_avgs)
-    distance.copy_(torch.linalg.vector_norm(torch.stack(norms)))
+    if is_traced(*exp_avgs):
+        # a compiler fuses sums of single tensors with what makes these, and makes no tensor for each of their views
+        square = reduce(torch.add, [t.square().sum() for t in exp_avgs])
+        distance.copy_(square.sqrt())
+    else:
+        distance.copy_(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(exp_avgs))))
     torch._foreach_add_(exp_avgs, params)
 
 

@@ -22,7 +22,7 @@ import triton_curv as tc
 from tests.support.offline import offline_target
 from triton_curv.operators.recurrences import Rules, Scalars, move_, scaled, turn_, update_
 from triton_curv.optimizers.graph_apply import apply_in_graph_
-from triton_curv.optimizers.neumann_step import step_groups_
+from triton_curv.optimizers.neumann_step import gradients_of, step_groups_
 from triton_curv.optimizers.regions import fold_, refresh_
 
 LAUNCH = "triton_kernel_wrapper_functional"
@@ -93,7 +93,8 @@ def neumann() -> Found:
     optimizer = tc.Neumann(network().parameters(), warmup=0)
     for plan in optimizer._plans:
         plan.fresh, plan.phase = False, "main"
-    return launches(step_groups_, optimizer._groups, optimizer._plans, optimizer._rows[0])
+    grads = gradients_of(optimizer._groups)
+    return launches(step_groups_, optimizer._groups, grads, optimizer._plans, optimizer._rows[0])
 
 
 def conjugate_gradients() -> dict[str, Found]:

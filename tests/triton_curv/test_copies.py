@@ -128,3 +128,21 @@ def test_a_deleted_optimizer_leaves_its_model(alive: bool) -> None:
         advance(model, other, ExponentialLR(other, 0.9), 2)
     else:
         assert before == plain
+
+
+@pytest.mark.parametrize("name", ["kfac", "newton-cg", "neumann"])
+def test_a_state_of_the_same_layers_in_another_order_is_refused_unchanged(name: str) -> None:
+    def build(*order: str) -> tuple[nn.ModuleDict, Any]:
+        model = nn.ModuleDict({key: nn.Linear(3, 3) for key in order})
+        return model, tc.Neumann(model.named_parameters()) if name == "neumann" else BUILDS[name](model)
+
+    _, optimizer = build("a", "b")
+    state = copy.deepcopy(optimizer.state_dict())
+    (_, twin), (_, other) = build("a", "b"), build("b", "a")
+    twin.load_state_dict(state)
+    before = str(other.state_dict())
+    with pytest.raises(tc.StateMismatchError, match=r"the state of .b\.weight., got that of .a\.weight."):
+        other.load_state_dict(state)
+    assert str(other.state_dict()) == before
+    _, wrapped = build("a_x", "b_x")  # other names, as behind a wrapper: told by shapes alone
+    wrapped.load_state_dict(state)

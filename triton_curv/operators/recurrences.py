@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_curv.graphs import Graphs
 from triton_curv.operators.vectors import Vectors, norm_inf
 from triton_curv_kernels.cg import cg_direction_, cg_dot, cg_dots, cg_update_
 
@@ -97,11 +98,10 @@ class Recurrences:
 def _maybe_compiled(function: Callable[..., Any], compiling: Mapping[str, Any] | None) -> Callable[..., Any]:
     if compiling is None:
         return function
-    arguments = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, **compiling}
-    compiled: Callable[..., Any] = torch.compile(function, **arguments)
+    graphs = Graphs(function, compiling)
 
     def run(*args: Any) -> Any:
-        return compiled(*map(_lifted, args))
+        return graphs(None, *map(_lifted, args))
 
     return run
 

@@ -45,6 +45,7 @@ class Rebuilt(Optimizer):
     as you would with any torch optimizer. Statistics that no step has used are left behind.
     """
 
+    _names: dict[Any, str]  # of parameters
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
     _late: list[dict[str, Any]]  # groups that came after construction
 
@@ -53,6 +54,11 @@ class Rebuilt(Optimizer):
         new = super().__new__(cls)
         new._arguments, new._late = (args, kwargs), []
         return new
+
+    def state_dict(self) -> dict[str, Any]:
+        """`Optimizer.state_dict`, and the names of the parameters in its order under "names"."""
+        names = [self._names[p] for group in self.param_groups for p in group["params"]]
+        return {**super().state_dict(), "names": names}
 
     def __getstate__(self) -> dict[str, Any]:
         """What the optimizer was built from, and its state dict."""

@@ -111,6 +111,8 @@ def _matrices(work: GraphWork, samples: Tensor, options: KFACOptions) -> list[Te
 
 
 def _parts(row: GraphRow, matrix: Tensor) -> list[Tensor]:
+    if row.whole:  # a graph that asks the layout is guarded on all that it looks at
+        return [matrix.reshape(row.params[0].shape)]
     parts: Mapping[str, Tensor] = row.layout.views(matrix)
     return list(parts.values())
 

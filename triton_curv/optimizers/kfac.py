@@ -27,6 +27,7 @@ from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register, require_gradients, stay_traceable
 from triton_curv.optimizers.trial import Evaluate
 from triton_curv.optimizers.trials import Trials
+from triton_curv.optimizers.watchers import watchable
 from triton_curv.schedules import GROWING, AdaptiveInterval, RefreshSchedule
 from triton_curv.sharding.choice import exchange_for
 from triton_curv.sharding.local import like
@@ -350,6 +351,7 @@ class KFAC(Rebuilt):
         self._curvature.refresh()
         self._plan = self._curvature.plan(self._steps)
 
+    @watchable
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch's overloads
         self, closure: Callable[[], float | Tensor] | None = None, *, evaluate: Evaluate | None = None
@@ -373,8 +375,6 @@ class KFAC(Rebuilt):
                 loss = closure()
         self._take_step(self._steps, evaluate)
         return loss
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # keeps opt.step compilable, COMPILE_AND_DIST 2.1
 
     @stage("step", payload=lambda optimizer, steps, evaluate: steps)
     def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:

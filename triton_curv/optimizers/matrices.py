@@ -1,6 +1,6 @@
 """Gradients of blocks as matrices: one flat buffer for a parameter group, with views for blocks and parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -167,6 +167,15 @@ class MatrixGroup:
         sizes = Sizes(self.root_sizes[active], self.fan_scales[active], hyper)
         some = [grad for grad in grads if grad is not None]
         return GraphWork([self.graph_rows[i] for i in active], some, sizes, self.idle)
+
+    def settled(self) -> Iterator[Tensor]:
+        """The tensors of all `in_graph`, gradients and parameters apart: always the same."""
+        yield from (self.root_sizes, self.fan_scales, self.idle)
+        for row in self.graph_rows:
+            operator = row.operator
+            yield from (row.momentum, *operator.left, *operator.right)
+            if operator.gains is not None:
+                yield operator.gains
 
     def _active(self) -> list[int]:
         active = [i for i, row in enumerate(self.rows) if any(part.param.grad is not None for part in row.parts)]

@@ -12,11 +12,22 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from triton_curv.costs import Cost
 from triton_curv.errors import ConfigurationError, EvaluationModeError, SparseGradientError, StateMismatchError
+from triton_curv.graphs import Graphs
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.hyper import write_rows_
-from triton_curv.optimizers.neumann_step import SLOTS, GroupTensors, Plan, norm, step_groups_
+from triton_curv.optimizers.neumann_step import (
+    SLOTS,
+    Gradients,
+    GroupTensors,
+    Phase,
+    Plan,
+    gradients_of,
+    norm,
+    step_groups_,
+)
 from triton_curv.optimizers.state import load_state_in_place
-from triton_curv.optimizers.traced import REGION, begin_step_, register
+from triton_curv.optimizers.traced import begin_step_, register
+from triton_curv.optimizers.watchers import watchable
 from triton_curv.sharding.ranks import mesh_of
 from triton_curv.sharding.weights import local_of
 from triton_curv_kernels.neumann import neumann_update_
@@ -129,12 +140,12 @@ class Neumann(Optimizer):
         self._written: list[list[float]] | None = None  # what `_rows` holds
         self._number = register(self)
         compiling = {} if compile is True else compile
-        self._compiled = None if compiling is False else torch.compile(step_groups_, **{**REGION, **compiling})
+        self._graphs = None if compiling is False else Graphs(step_groups_, compiling)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # what copies and unpickled optimizers lack
         super().__setstate__(state)
-        self._last_hyper, self._compiled, self._number = {}, None, register(self)
+        self._last_hyper, self._graphs, self._number = {}, None, register(self)
         self._shards = self._find_shards()
         self._groups, self._plans, self._rows, self._written = [], [], [], None
         for group in self.param_groups:
@@ -182,11 +193,12 @@ class Neumann(Optimizer):
             states = [self.state[p] for p in group["params"]]
             m, v = [state["momentum_buffer"] for state in states], [state["exp_avg"] for state in states]
             self._groups.append(GroupTensors(list(group["params"]), m, v, distance.view(1)))
-            self._plans.append(Plan())
             wide = any(each.distance.dtype == torch.float64 for each in self._groups)
             dtype = torch.float64 if wide else torch.float32
             self._written = None
             self._rows[:] = [torch.zeros(len(self._groups), len(SLOTS), dtype=dtype, device=distance.device)]
+            if self._graphs is not None:
+                self._graphs.settle([*m, *v, self._groups[-1].distance, *self._rows])
             self._plan()
 
     @overload
@@ -195,6 +207,7 @@ class Neumann(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @watchable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step with the gradients at the displaced weights; returns the loss of `closure`, if there is one.
@@ -208,9 +221,9 @@ class Neumann(Optimizer):
             if closure is not None:
                 raise ConfigurationError("expected no closure in a compiled step: use Neumann(..., compile=True)")
             self._refuse_shards()
-            plans, rows = list(self._plans), self._rows[0]
-            begin_step_([rows], rows, self._number, self._with_gradients())
-            self._run(plans, rows)
+            plans, rows, grads = list(self._plans), self._rows[0], gradients_of(self._groups)
+            begin_step_([rows], rows, self._number, _with_gradients(grads))
+            step_groups_(self._groups, grads, plans, rows)
             return None
         if self.evaluating:
             raise EvaluationModeError("expected train() before step(), got eval() mode: the parameters hold w - mu m")
@@ -224,17 +237,12 @@ class Neumann(Optimizer):
 
     @stage("step", payload=lambda optimizer: optimizer.param_groups[0]["step"])
     def _take_step(self) -> None:
-        groups = [group for group in self.param_groups if group["params"]]
-        for grad in (p.grad for group in groups for p in group["params"]):
-            if grad is not None and grad.layout != torch.strided:
-                raise SparseGradientError(f"expected dense gradients, got one of layout {grad.layout}")
-        if self._compiled is not None:
-            self._refuse_shards()
-            self._plan()  # somebody may have changed a group since
-            self._write(self._rows[0], self._with_gradients())
-            self._run(self._plans, self._rows[0])
-            self._plan()
+        grads = gradients_of(self._groups)
+        _refuse_sparse(grads)
+        if self._graphs is not None:
+            self._take_compiled_step(self._graphs, grads)
             return
+        groups = [group for group in self.param_groups if group["params"]]
         distances = [group["distance"] for group in groups]
         if len(groups) > 1:
             distances = [norm(distances)] * len(groups)
@@ -244,30 +252,36 @@ class Neumann(Optimizer):
             _sum_over(self._shards, [group["distance"] for group in moved])
         self._plan()
 
+    def _take_compiled_step(self, graphs: Graphs[None], grads: list[Gradients]) -> None:
+        self._refuse_shards()
+        plans = self._planned()  # somebody may have changed a group since the last step
+        kind = *[plan.key() for plan in plans], *[grad is None for found in grads for grad in found]
+        self._write(self._rows[0], _with_gradients(grads))
+        self._plan()
+        graphs(kind, self._groups, grads, plans, self._rows[0])
+
     def _refuse_shards(self) -> None:
         if self._shards is not None:
             raise ConfigurationError("a compiled step expects parameters that are whole on each rank, got DTensors")
 
-    def _with_gradients(self) -> list[int]:
-        """The groups in which some parameter has a gradient; the others stand still."""
-        return [i for i, group in enumerate(self._groups) if any(p.grad is not None for p in group.params)]
-
     def _variables(self) -> int:
-        return sum(p.numel() for group in self.param_groups for p in group["params"] if p.requires_grad)
+        return sum([p.numel() for group in self.param_groups for p in group["params"] if p.requires_grad])
 
-    def _run(self, plans: Sequence[Plan], rows: Tensor) -> None:
-        """The step by functions of tensors alone, compiled or in the graph of somebody who compiles `step`."""
-        region = step_groups_ if self._compiled is None else self._compiled
-        region(self._groups, plans, rows)
+    def _planned(self) -> list[Plan]:
+        """What the next step of each group will be."""
+        plans = []
+        for group in self.param_groups:
+            if group["params"]:
+                t = group["step"] + 1 - group["warmup"]
+                is_reset = t >= 1 and t == next_reset(t - 1, group["period"])
+                phase: Phase = "warmup" if t < 1 else "reset" if is_reset else "main"
+                decay = group["weight_decay"]
+                decays = isinstance(decay, Tensor) or decay != 0
+                plans.append(Plan(group["step"] == 0, phase, decays, bool(group["maximize"])))
+        return plans
 
     def _plan(self) -> None:
-        """What the next step of each group will be."""
-        for group, plan in zip((g for g in self.param_groups if g["params"]), self._plans, strict=True):
-            t = group["step"] + 1 - group["warmup"]
-            is_reset = t >= 1 and t == next_reset(t - 1, group["period"])
-            plan.fresh, plan.phase = group["step"] == 0, "warmup" if t < 1 else "reset" if is_reset else "main"
-            decay = group["weight_decay"]
-            plan.decays, plan.maximize = isinstance(decay, Tensor) or decay != 0, bool(group["maximize"])
+        self._plans[:] = self._planned()
 
     def begin_step(self, written: Sequence[Tensor], pending: Tensor, with_gradients: Sequence[int]) -> None:
         """The host's share of a compiled step: write hyper-parameters, count the step, plan the next."""
@@ -408,8 +422,16 @@ class Neumann(Optimizer):
         self._plan()
 
 
-# A scheduler wraps `step` to see that it is called; compiled before that, `step` would be called unseen.
-vars(Neumann.step)["_wrapped_by_lr_sched"] = True
+def _with_gradients(grads: Sequence[Gradients]) -> list[int]:
+    """The groups in which some parameter has a gradient; the others stand still."""
+    return [i for i, found in enumerate(grads) if any(grad is not None for grad in found)]
+
+
+def _refuse_sparse(grads: Sequence[Gradients]) -> None:
+    for found in grads:
+        for grad in found:
+            if grad is not None and grad.layout != torch.strided:
+                raise SparseGradientError(f"expected dense gradients, got one of layout {grad.layout}")
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """One step of the Neumann optimizer for one parameter group, as a function of tensors: what its graphs are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_curv_kernels.neumann import neumann_update_
 
 Phase = Literal["warmup", "reset", "main"]
+Gradients = list[Tensor | None]
 SLOTS = ("lr", "mu", "alpha", "beta_n", "gamma", "weight_decay")
 OF_UPDATE = 5
 LR, WEIGHT_DECAY = SLOTS.index("lr"), SLOTS.index("weight_decay")
@@ -23,6 +24,10 @@ class Plan:
     phase: Phase = "warmup"
     decays: bool = False
     maximize: bool = False
+
+    def key(self) -> Hashable:
+        """All of it, as a key."""
+        return self.fresh, self.phase, self.decays, self.maximize
 
 
 class GroupTensors(NamedTuple):
@@ -44,14 +49,19 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return length
 
 
-def step_group_(group: GroupTensors, plan: Plan, distance: Tensor | None, hyper: Tensor) -> None:
+def gradients_of(groups: Sequence[GroupTensors]) -> list[Gradients]:
+    """The gradients of the parameters of each group."""
+    return [[p.grad for p in group.params] for group in groups]
+
+
+def step_group_(group: GroupTensors, found: Gradients, plan: Plan, distance: Tensor | None, hyper: Tensor) -> None:
     """Lines 2 to 12 of Algorithm 2; `distance` is D over all groups, if there are others, `hyper` a row of `SLOTS`."""
-    moving = [i for i, p in enumerate(group.params) if p.grad is not None]
+    moving = [i for i, grad in enumerate(found) if grad is not None]
     if not moving:
         return
     params = [group.params[i] for i in moving]
     momentum_buffers, exp_avgs = [group.momentum_buffers[i] for i in moving], [group.exp_avgs[i] for i in moving]
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [grad for grad in found if grad is not None]
     if plan.maximize:
         grads = list(torch._foreach_neg(grads))
     if plan.decays:
@@ -70,14 +80,16 @@ def step_group_(group: GroupTensors, plan: Plan, distance: Tensor | None, hyper:
     if distance is not None:
         group.distance.copy_(distance)
     neumann_update_(params, momentum_buffers, exp_avgs, grads, group.distance[0], hyper[:OF_UPDATE])
-    still = [i for i, p in enumerate(group.params) if p.grad is None]
+    still = [i for i, grad in enumerate(found) if grad is None]
     if still:
         rest = torch._foreach_sub([group.params[i] for i in still], [group.exp_avgs[i] for i in still])
         group.distance.copy_(torch.hypot(group.distance, norm(rest)))
 
 
-def step_groups_(groups: Sequence[GroupTensors], plans: Sequence[Plan], rows: Tensor) -> None:
+def step_groups_(
+    groups: Sequence[GroupTensors], grads: Sequence[Gradients], plans: Sequence[Plan], rows: Tensor
+) -> None:
     """`step_group_` of every group, with D as it was before."""
     distance = norm([group.distance for group in groups]) if len(groups) > 1 else None
-    for group, plan, hyper in zip(groups, plans, rows.unbind(), strict=True):
-        step_group_(group, plan, distance, hyper)
+    for group, found, plan, hyper in zip(groups, grads, plans, rows.unbind(), strict=True):
+        step_group_(group, found, plan, distance, hyper)

@@ -4,6 +4,7 @@ Functions of tensors without a look at any value: each compiles as one graph and
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.blocks.centre import Mean, centre_, gradients_of_biases, means_of
+from triton_curv.graphs import Graphs
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import LooseGroup
@@ -20,7 +22,6 @@ from triton_curv.optimizers.hyper import HyperParameters
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import MatrixGroup
-from triton_curv.optimizers.traced import REGION
 
 Region = Callable[..., Any]
 
@@ -115,7 +116,8 @@ class Regions:
         library = {"backend": "aot_eager"} if device.type == "cpu" and not chosen else {}
         self.fold = self._maybe_compiled(fold_, library)
         self.refresh = self._maybe_compiled(refresh_, library)
-        self._apply = self._maybe_compiled(apply_in_graph_, {})
+        self._apply = None if compiling is None else Graphs(apply_in_graph_, compiling)
+        self._settled = False
 
     def apply(
         self,
@@ -134,12 +136,16 @@ class Regions:
         with_blocks = zip(matrices, of_group, strict=False)
         finite: Tensor
         if torch.compiler.is_compiling() or self.compiling is not None:
-            region = apply_in_graph_ if torch.compiler.is_compiling() else self._apply
-            graph_work = [group.in_graph(row) for group, row in with_blocks]
-            finite = region(
-                [each for each in graph_work if each is not None], others, hyper.steps, samples, skipped, options
-            )
-            return finite
+            found = [group.in_graph(row) for group, row in with_blocks]
+            in_graph = [each for each in found if each is not None]
+            arguments = in_graph, others, hyper.steps, samples, skipped, options
+            if torch.compiler.is_compiling() or self._apply is None:
+                return apply_in_graph_(*arguments)
+            if not self._settled:
+                self._apply.settle(tensor for group in matrices for tensor in group.settled())
+                self._settled = True
+            blocks = tuple(tuple(row.number for row in each.rows) for each in in_graph)
+            return self._apply((blocks, tuple(len(each.params) for each in others)), *arguments)
         active = [(group.active(), row) for group, row in with_blocks]
         work = [Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], row) for lists, row in active]
         finite = apply_([each for each in work if each.grads], others, hyper.steps, samples, skipped, options, exchange)
@@ -148,5 +154,4 @@ class Regions:
     def _maybe_compiled(self, region: Region, default: Mapping[str, Any]) -> Region:
         if self.compiling is None:
             return region
-        compiled: Region = torch.compile(region, **{**REGION, **default, **self.compiling})
-        return compiled
+        return partial(Graphs(region, {**default, **self.compiling}), None)

@@ -20,9 +20,6 @@ from triton_curv.errors import ConfigurationError
 
 IDLE = -1  # no renewal of inverses is under way
 ALL = -2  # a renewal of all of them at once
-# How regions are compiled unless the user says otherwise: shapes never change, recompiles of one optimizer's regions
-# don't count for another's, and parts of a renewal are a graph each.
-REGION: Mapping[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
 
 ONE_RANK = (
     "expected an eager step on several ranks, got a compiled one: torch.compile does not trace asynchronous "
