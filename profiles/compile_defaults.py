@@ -34,7 +34,17 @@ from profiles.default_calls import Call, calls
 from profiles.tuned_tables import DEVICES
 from tests.support.offline import MACHINES, Arch, Launch, Report, offline_target, quick_report, wide_loads
 from triton_curv_autotune.registry import get_op
-from triton_curv_kernels import apply_inverse, cg, choice, momentum, neumann, symmetric
+from triton_curv_kernels import (
+    apply_inverse,
+    cg,
+    choice,
+    factor_config,
+    momentum,
+    neumann,
+    patch_config,
+    patch_pixel_rows,
+    symmetric,
+)
 from triton_curv_kernels.backend import DeviceLimits
 
 CSV = Path(__file__).parent / "results" / "compiled_defaults.csv"
@@ -124,7 +134,10 @@ def defaults_for(limits: DeviceLimits) -> Iterator[None]:
 
     choice.set_chooser(default)
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (factor_config, patch_config, patch_pixel_rows):  # where a launcher decides without a chooser
+                patch.setattr(module, "device_limits", lambda _: limits)
+            yield
     finally:
         choice.set_chooser(*before)
 

@@ -134,11 +134,15 @@ def _grouped_factors() -> Iterator[Call]:
 
 
 def _patch_factors() -> Iterator[Call]:
-    """Factor A of each convolution of ResNet-50, and of ViT's patch embedding as the convolution that it is."""
+    """Factor A of each convolution of ResNet-50, and of ViT's patch embedding as the convolution that it is.
+
+    Those of a batch of 4 with channels far apart are too few to be copied.
+    """
     seen = set()
-    convs = [conv for batch in BATCHES for conv in resnet50_convs(batch)]
+    convs = [conv for batch in (*BATCHES, 4) for conv in resnet50_convs(batch)]
     for conv in [*convs, ConvShape("patch_embed", 64, 3, 224, 224, 768, 16, 16, 0)]:
-        for dtype, (ones, nearby) in product(DTYPES, ((False, True), (True, True), (False, False))):
+        layouts = ((False, False),) if conv.batch == 4 else ((False, True), (True, True), (False, False))
+        for dtype, (ones, nearby) in product(DTYPES, layouts):
             if (key := (conv[1:5], conv[6:], dtype, ones, nearby)) in seen:
                 continue
             seen.add(key)

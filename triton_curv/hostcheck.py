@@ -9,6 +9,9 @@ def known_true(flags: Tensor) -> bool:
 
     Callers take a short cut when it is True and must be right without it.
     """
-    if flags.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool(flags if flags.dim() == 0 else flags.all())
+    return on_host(flags) and bool(flags if flags.dim() == 0 else flags.all())
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a look at the tensor's numbers costs nothing: it lies in the host's memory, and nothing is traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -10,6 +10,8 @@ from triton_curv_kernels.backend import use_reference
 
 WIDEST_BATCHED = 32  # on a GPU, larger matrices go to the kernels one by one; of smaller ones there are thousands
 
+SMALL_BLOCK = 256
+
 
 def packed_size(n: int) -> int:
     """Numbers in one triangle, its diagonal included."""
@@ -30,19 +32,35 @@ def pack(matrices: Tensor) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, n: int) -> Tensor:
-    """(batch, n (n + 1) / 2) -> (batch, n, n), a fresh tensor, bitwise symmetric."""
+def unpack(packed: Tensor, n: int, out: Tensor | None = None) -> Tensor:
+    """(batch, n (n + 1) / 2) -> (batch, n, n), bitwise symmetric: a fresh tensor, or `out`."""
     if n > WIDEST_BATCHED and not use_reference(packed):
-        matrices = packed.new_empty((len(packed), n, n))
+        matrices = packed.new_empty((len(packed), n, n)) if out is None else out
         unpack_symmetric_(list(matrices.unbind()), packed.reshape(-1))
         return matrices
     half, even = (n + 1) // 2, 1 - n % 2
     rectangle = packed.view(-1, n + even, half)
-    matrices = torch.empty((len(packed), n, n), dtype=packed.dtype, device=packed.device)
+    matrices = packed.new_empty((len(packed), n, n)) if out is None else out
     matrices[:, :, :half] = rectangle[:, even:]
     matrices[:, half:, half:] = rectangle[:, : n - half, 1 - even :].mT
-    matrices.tril_()
-    return matrices.add_(matrices.tril(-1).mT)
+    if n <= WIDEST_BATCHED or torch.compiler.is_compiling():
+        matrices.tril_()
+        return matrices.add_(matrices.tril(-1).mT)
+    for matrix in matrices:
+        _mirror_(matrix)
+    return matrices
+
+
+def _mirror_(matrix: Tensor) -> None:
+    """The lower triangle of (n, n) onto the upper one by blocks, which stay in the cache while they are transposed."""
+    n = len(matrix)
+    if n <= SMALL_BLOCK:
+        matrix.tril_().add_(matrix.tril(-1).T)
+        return
+    half = n // 2
+    matrix[:half, half:].copy_(matrix[half:, :half].T)
+    _mirror_(matrix[:half, :half])
+    _mirror_(matrix[half:, half:])
 
 
 @lru_cache(maxsize=1024)

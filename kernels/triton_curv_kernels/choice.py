@@ -69,11 +69,7 @@ def choose(op: str, problem: Problem, default: Callable[[Problem], Config]) -> C
     """
     if _chooser is None:
         return default(problem)
-    try:
-        hash(problem)
-    except TypeError:
-        problem = _with_hints(problem)
-    return _chooser(op, problem)  # type: ignore[no-any-return]  # the op's own kind of config
+    return _chooser(op, with_hints(problem))  # type: ignore[no-any-return]  # the op's own kind of config
 
 
 def choose_once(
@@ -96,10 +92,15 @@ def choose_once(
     return config
 
 
-def _with_hints(problem: Problem) -> Problem:
-    symbolic = {f.name: v for f in fields(problem) if isinstance(v := getattr(problem, f.name), torch.SymInt)}  # type: ignore[arg-type]  # a dataclass
-    hints = {name: int(v) if v.node.hint is None else v.node.hint for name, v in symbolic.items()}
-    return replace(problem, **hints)  # type: ignore[type-var]  # as above
+def with_hints(problem: Problem) -> Problem:
+    """The problem, with the sizes that torch.compile traces with for those that it keeps symbolic: it has a hash."""
+    try:
+        hash(problem)
+    except TypeError:
+        symbolic = {f.name: v for f in fields(problem) if isinstance(v := getattr(problem, f.name), torch.SymInt)}  # type: ignore[arg-type]  # a dataclass
+        hints = {name: int(v) if v.node.hint is None else v.node.hint for name, v in symbolic.items()}
+        return replace(problem, **hints)  # type: ignore[type-var]  # as above
+    return problem
 
 
 def tables_key() -> str:

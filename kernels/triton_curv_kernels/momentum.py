@@ -39,6 +39,7 @@ from triton_curv_kernels.backend import (
     wrap_triton,
 )
 from triton_curv_kernels.choice import ListProblem, choose, tables_key
+from triton_curv_kernels.momentum_host import momentum_update_on_host_, runs_on_host
 from triton_curv_kernels.momentum_kernels import momentum_update_kernel, rescale_kernel
 from triton_curv_kernels.pointer_table import (
     CODES,
@@ -328,6 +329,10 @@ def momentum_update_(
     """
     if not torch.compiler.is_compiling() and use_reference(hyper):
         _check(params, momentum_buffers, updates, scales, hyper, rescale)
+        lists = (params, momentum_buffers, updates)
+        if not coupled and rescale is None and runs_on_host(*lists):
+            momentum_update_on_host_(*lists, scales, hyper)
+            return
         momentum_update_reference(params, momentum_buffers, updates, scales, hyper, coupled=coupled, rescale=rescale)
     else:
         lengths = None if rescale is None else list(rescale)

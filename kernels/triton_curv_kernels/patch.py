@@ -10,30 +10,32 @@ As in factor.py, one program owns the pairs (i, j), (j, i) of its tile, and K is
 is added up in a fixed order by a second kernel, so that results do not vary from run to run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
 import triton
 from torch import Tensor
 from torch.library import custom_op, triton_op
-from torch.nn import functional
 
 from triton_curv_kernels.backend import UnsupportedInputError, on_own_device, use_reference, wrap_triton
 from triton_curv_kernels.choice import choose_once, tables_key
-from triton_curv_kernels.factor import INPUT_DTYPES, launch_accumulate_factor_
+from triton_curv_kernels.factor import INPUT_DTYPES
 from triton_curv_kernels.patch_config import (
     CONFIGS,
     NUMERICS,
     PatchConfig,
     PatchProblem,
     beside_a_copy,
+    config_in_place,
     default_config,
     prune,
     samples_of_part,
 )
 from triton_curv_kernels.patch_gather import _finish_gather_kernel, _gather_kernel
 from triton_curv_kernels.patch_geometry import PaddingMode, PatchGeometry, padding_sides, per_dimension
+from triton_curv_kernels.patch_padding import as_mode, padded_parts
+from triton_curv_kernels.patch_pixel_rows import launch_pixels_, takes_pixels
 from triton_curv_kernels.patch_products import _blocks_kernel, _products_kernel
 from triton_curv_kernels.patch_reference import accumulate_patch_factor_reference
 
@@ -73,8 +75,9 @@ def launch_accumulate_patch_factor_(
 ) -> None:
     """`accumulate_patch_factor_` by Triton, whatever the device; factor (groups, n', n').
 
-    "implicit" and "displacement" read neighbouring channels: other layouts are copied, few samples at a time, so that
-    copy and workspace take at most 5 % of what the patches would.
+    Copy and workspace take at most 5 % of what the patches would. A kernel of one pixel reads any layout as it is.
+    "implicit" and "displacement" read neighbouring channels: other layouts are copied, few samples at a time, or read
+    in place (by default gathered), if one sample is too much or the input is small.
     """
     _check_shapes(factor, input, geometry, ones)
     if not supports(factor, input):
@@ -84,38 +87,31 @@ def launch_accumulate_patch_factor_(
     groups, per_group = factor.shape[0], input.shape[1] // factor.shape[0]
     if factor.numel() == 0:
         return
-    if config is None and (rows := pixel_rows(input, geometry, groups)) is not None:
-        launch_accumulate_factor_(factor[0], rows, alpha, beta, ones)
+    reads_neighbours = input.stride(1) == 1 or per_group == 1
+    if config is None and takes_pixels(input, geometry, groups):
+        launch_pixels_(factor, input, geometry, alpha, beta, ones)
         return
-    problem, reads_neighbours = PatchProblem.of(input, groups, geometry, ones), input.stride(1) == 1 or per_group == 1
-    if config is None:
+    problem = PatchProblem.of(input, groups, geometry, ones)
+    part = 0 if reads_neighbours else samples_of_part(problem)
+    if config is None and part == 0 and not reads_neighbours:
+        config = config_in_place(problem)
+    elif config is None:
         call = (input.shape, input.stride(), input.dtype, input.device, groups, geometry, ones)
         config = choose_once("accumulate_patch_factor_", call, lambda: problem, default_config)
-        config = config if reads_neighbours else beside_a_copy(config, problem)
+        config = beside_a_copy(config, problem) if part else config
     if config.algorithm == "displacement" and not geometry.shares_displacements:
         raise UnsupportedInputError(
             f"expected stride 1 and outputs at least as far as the kernel reaches for algorithm 'displacement', got "
             f"stride {geometry.stride}, outputs {geometry.outputs} and reach {geometry.gaps}"
         )
-    if config.algorithm == "gather" or reads_neighbours:
+    if config.algorithm == "gather" or part == 0:
         _launch(factor, input, problem, alpha, beta, config)
         return
-    for some in input.split(samples_of_part(problem)):
+    for some in input.split(part):
         nearby = some.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         _launch(factor, nearby, PatchProblem.of(nearby, groups, geometry, ones), alpha, beta, config)
+        del nearby  # before the next is made
         beta = 1.0
-
-
-def pixel_rows(input: Tensor, geometry: PatchGeometry, groups: int) -> Tensor | None:
-    """(pixels, channels) for a kernel of one pixel that visits all pixels, if they follow one another in memory."""
-    visits_all = geometry.outputs == geometry.sizes and all(b == 0 for b in geometry.before)
-    if groups > 1 or geometry.kernel_positions > 1 or not visits_all:
-        return None
-    pixels = input.movedim(1, -1)
-    sizes, strides = pixels.shape[:-1], pixels.stride()[:-1]
-    if any(strides[i] != strides[i + 1] * sizes[i + 1] for i in range(len(sizes) - 1)):
-        return None
-    return pixels.flatten(0, -2)
 
 
 def _launch(
@@ -229,19 +225,51 @@ def _reference_op(
     accumulate_patch_factor_reference(factor, input, geometry, alpha, beta, ones)
 
 
-def _padded(
-    input: Tensor, sides: list[int], mode: PaddingMode, reach: tuple[list[int], list[int], list[int]]
-) -> Iterator[Tensor]:
-    """The input padded, few samples at a time; `reach` is kernel, stride and dilation."""
-    flat = [side for i in reversed(range(len(sides) // 2)) for side in sides[2 * i : 2 * i + 2]]
-    if torch.compiler.is_compiling():
-        yield functional.pad(input, flat, mode=mode)
-        return
-    kernel, stride, dilation = reach
-    sizes = [size + sum(sides[2 * i : 2 * i + 2]) for i, size in enumerate(input.shape[2:])]
-    geometry = PatchGeometry.of(sizes, kernel, stride, [0] * len(sides), dilation)
-    for some in input.split(samples_of_part(PatchProblem(len(input), input.shape[1], 1, geometry, input.dtype))):
-        yield functional.pad(some, flat, mode=mode)
+def accumulate_padded_parts_(
+    factor: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    padding_mode: PaddingMode,
+    alpha: float,
+    beta: float,
+    ones: bool,
+    config: PatchConfig | None = None,
+) -> None:
+    """`accumulate_patch_factor_` for an input that is padded by its own pixels, in parts; factor (groups, n', n')."""
+    by_reference = use_reference(factor) or not supports(factor, input)
+    for part in padded_parts(input, padding, padding_mode, kernel_size, stride, dilation):
+        geometry = PatchGeometry.of(part.shape[2:], kernel_size, stride, [0] * len(padding), dilation)
+        if by_reference:
+            _check_shapes(factor, part, geometry, ones)
+            accumulate_patch_factor_reference(factor, part, geometry, alpha, beta, ones)
+        else:
+            launch_accumulate_patch_factor_(factor, part, geometry, alpha, beta, ones, config)
+        del part  # before the next is made
+        beta = 1.0
+
+
+@custom_op("triton_curv::accumulate_padded_patch_factor_", mutates_args={"factor"})
+def _padded_op(
+    factor: Tensor,
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    padding_mode: str,
+    alpha: float,
+    beta: float,
+    ones: bool,
+    config: list[int] | None,
+    tables: str,
+) -> None:
+    """All parts as one node of a graph, which could not say that they are made one after another."""
+    geometry = (kernel_size, stride, padding, dilation, as_mode(padding_mode))
+    parsed = None if config is None else PatchConfig.from_ints(config)
+    accumulate_padded_parts_(factor, input, *geometry, alpha, beta, ones, parsed)
 
 
 @triton_op("triton_curv::accumulate_patch_factor_", mutates_args={"factor"})
@@ -290,7 +318,7 @@ def accumulate_patch_factor_(
         factor: (groups, n', n'), or (n', n') for one group, n' = prod(kernel_size) * channels / groups, + 1 if `ones`;
             dense, symmetric, fp32 (fp64: by the reference).
         input: (samples, channels, *spatial), fp32, fp16 or bf16 (fp64: by the reference), any strides; no samples is
-            fine. channels_last is read as it is; other layouts are copied in parts.
+            fine. channels_last is read as it is, and any layout by a kernel of one pixel; others are copied in parts.
         kernel_size: the convolution's; its number of dimensions comes from the input.
         stride: the convolution's.
         padding: the convolution's, also 'same' and 'valid'.
@@ -299,14 +327,15 @@ def accumulate_patch_factor_(
         ones: take one more patch element into account that is always 1: the input that belongs to a bias.
         alpha: scale of the product.
         beta: scale of what is there; 0 ignores it, NaN included.
-        padding_mode: of the convolution; for others than "zeros" the input is padded first, few samples at a time (as a
-            whole in a graph of torch.compile).
+        padding_mode: of the convolution; for others than "zeros" the input is padded first, in parts of few samples, or
+            of few output positions of one sample.
         config: algorithm and tiling of the Triton kernels; None means the tuner's choice, `default_config` without one.
 
-    No gradient flows through it. Source: KFC, arXiv 1602.01407 section 3.
+    On a GPU it allocates at most 5 % of what `torch.nn.functional.unfold` would; a padded input is padded by one output
+    position at a time at least. No gradient flows through it. Source: KFC, arXiv 1602.01407 section 3.
 
     Raises:
-        UnsupportedInputError: shapes that do not fit, a kernel larger than the padded input.
+        UnsupportedInputError: shapes that do not fit, a kernel larger than the padded input, more padding than pixels.
 
     """
     input = input.detach()
@@ -314,22 +343,22 @@ def accumulate_patch_factor_(
     kernel = per_dimension(kernel_size, dims, "kernel_size")
     steps, dilations = per_dimension(stride, dims, "stride"), per_dimension(dilation, dims, "dilation")
     sides = padding_sides(padding, kernel, dilations)
-    if padding_mode != "zeros" and any(sides):
-        numbers = (groups, ones, alpha)
-        for padded in _padded(input, sides, padding_mode, (kernel, steps, dilations)):
-            accumulate_patch_factor_(factor, padded, kernel, steps, 0, dilations, *numbers, beta, config=config)
-            beta = 1.0
-        return
     if factor.dim() == 2:
         factor = factor[None]
     if factor.dim() != 3 or factor.shape[0] != groups:
         raise UnsupportedInputError(f"expected a factor of {groups} groups, got {tuple(factor.shape)}")
+    ints = None if config is None else config.to_ints()
+    if padding_mode != "zeros" and any(sides):
+        numbers = (padding_mode, alpha, beta, ones)
+        torch.ops.triton_curv.accumulate_padded_patch_factor_(
+            factor, input, kernel, steps, sides, dilations, *numbers, ints, tables_key()
+        )
+        return
     if not torch.compiler.is_compiling() and use_reference(factor):
         geometry = PatchGeometry.of(input.shape[2:], kernel, steps, sides, dilations)
         _check_shapes(factor, input, geometry, ones)
         accumulate_patch_factor_reference(factor, input, geometry, alpha, beta, ones)
     else:
-        ints = None if config is None else config.to_ints()
         torch.ops.triton_curv.accumulate_patch_factor_(
             factor, input, kernel, steps, sides, dilations, alpha, beta, ones, ints, tables_key()
         )

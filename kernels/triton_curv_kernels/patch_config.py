@@ -18,9 +18,9 @@ from triton_curv_kernels.patch_geometry import PatchGeometry
 Algorithm = Literal["gather", "implicit", "displacement"]
 ALGORITHMS: tuple[Algorithm, ...] = ("gather", "implicit", "displacement")
 
-WORKSPACE_SHARE = 0.05  # of the bytes that patches would take: what a default's workspace may take at most
+WORKSPACE_SHARE = 0.05  # of the bytes that patches would take: what a workspace may take at most
 COPY_SHARE = 0.5 * WORKSPACE_SHARE  # the same of copies of the input, and of the workspace beside them
-SMALL_COPY = 1 << 20  # bytes: what is copied in one part
+SMALL_INPUT = 1 << 20  # bytes: less is read in place, whatever its layout, since each copy has launches of its own
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PatchProblem:
     """What the best configuration depends on: samples, channels of a group, groups, and where the patches lie.
 
     `aligned`: the number of channels and all strides but theirs, which is 1, are multiples of 16, which Triton compiles
-    to wide loads. That is meant for the copy if channels are not neighbours in memory.
+    to wide loads. That is meant for the copy if the input is one of those that are copied (`samples_of_part`).
     """
 
     samples: int
@@ -43,14 +43,13 @@ class PatchProblem:
     @classmethod
     def of(cls, input: Tensor, groups: int, geometry: PatchGeometry, ones: bool) -> "PatchProblem":
         """Describe a call."""
-        samples, channels = int(input.shape[0]), int(input.shape[1])
+        samples, per_group = int(input.shape[0]), int(input.shape[1]) // groups
         strides = [stride for size, stride in zip(input.shape, input.stride(), strict=True) if size > 1]
         narrow = [stride for stride in strides if stride % 16]
-        is_copied = input.stride(1) != 1
-        aligned = channels // groups % 16 == 0 and (is_copied or narrow == [1])
-        return cls(
-            samples, channels // groups, groups, geometry, input.dtype, ones, aligned, device_limits(input.device)
-        )
+        limits = device_limits(input.device)
+        problem = cls(samples, per_group, groups, geometry, input.dtype, ones, per_group % 16 == 0, limits)
+        is_wide = narrow == [1] if input.stride(1) == 1 else samples_of_part(problem) > 0
+        return replace(problem, aligned=problem.aligned and is_wide)
 
     @property
     def n(self) -> int:
@@ -145,6 +144,7 @@ def prune(configs: Sequence[PatchConfig], problem: PatchProblem) -> list[PatchCo
             problem.limits.shared_memory >= max(operands, mirrored)
             and max(16, triton.next_power_of_2(columns)) >= config.BLOCK_N
             and (config.SPLIT_K == 1 or problem.rows >= config.SPLIT_K * config.BLOCK_K)
+            and 4 * config.workspace(problem) <= WORKSPACE_SHARE * problem.patch_bytes
             and (config.input_precision == "ieee" or (fp32 and problem.limits.platform == "cuda"))
             and (not fp32 or config.BLOCK_K <= 32)  # fp32 products are unrolled over BLOCK_K
             and (config.algorithm != "displacement" or problem.geometry.shares_displacements)
@@ -161,11 +161,25 @@ def default_config(problem: PatchProblem) -> PatchConfig:
 
     It compiles without register spills for all targets the tests name.
     """
-    usable = [c for c in _candidates(problem) if 4 * c.workspace(problem) <= WORKSPACE_SHARE * problem.patch_bytes]
-    return min(usable, key=lambda config: _duration(config, problem))
+    return _shortest(problem, gathers=problem.per_group < 16)
 
 
-def _candidates(problem: PatchProblem) -> Iterator[PatchConfig]:
+@lru_cache(maxsize=1024)
+def config_in_place(problem: PatchProblem) -> PatchConfig:
+    """The same of those that read channels far apart where they are: the others' addresses would spill registers."""
+    return _shortest(replace(problem, aligned=False), gathers=True)
+
+
+def _shortest(problem: PatchProblem, gathers: bool) -> PatchConfig:
+    small = (
+        config
+        for config in _candidates(problem, gathers)
+        if 4 * config.workspace(problem) <= WORKSPACE_SHARE * problem.patch_bytes
+    )
+    return min(small, key=lambda config: _duration(config, problem))
+
+
+def _candidates(problem: PatchProblem, gathers: bool) -> Iterator[PatchConfig]:
     """Tiles that do not spill, no larger than the channels are; all splits with parts of 512 rows or more."""
     fp32, hip = problem.dtype == torch.float32, problem.limits.platform == "hip"
     algorithms: tuple[Algorithm, ...] = ("implicit",)
@@ -173,7 +187,7 @@ def _candidates(problem: PatchProblem) -> Iterator[PatchConfig]:
     largest = 128 if problem.aligned else 64
     if hip:  # short of scalar registers, in which masks and addresses are
         largest = 64 if problem.aligned else 16
-    if problem.per_group < 16:
+    if gathers:
         algorithms, columns, largest = ("gather",), problem.n, 32 if fp32 or hip else 64
     elif problem.geometry.shares_displacements and problem.geometry.kernel_positions > 1:
         algorithms = ("implicit", "displacement")
@@ -194,21 +208,19 @@ def _candidates(problem: PatchProblem) -> Iterator[PatchConfig]:
 
 
 def samples_of_part(problem: PatchProblem) -> int:
-    """Samples of an input that are copied at a time, one at least: COPY_SHARE of the bytes that patches would take.
+    """Samples of an input that are copied at a time: COPY_SHARE of the bytes that patches would take, at most.
 
-    For a kernel of one pixel, whose patches are no more than the pixels, a twentieth of the input.
+    0 if one is too much already (few samples, a kernel of one pixel), or if the input is small: it is read in place.
     """
     geometry, samples = problem.geometry, problem.samples
     pixels = prod(geometry.sizes)
-    if samples * pixels * problem.groups * problem.per_group * problem.dtype.itemsize <= SMALL_COPY:
-        return max(1, samples)
-    if geometry.kernel_positions == 1:
-        return -(-samples // 20)
-    return max(1, int(COPY_SHARE * samples * geometry.positions * geometry.kernel_positions / pixels))
+    if samples * pixels * problem.groups * problem.per_group * problem.dtype.itemsize <= SMALL_INPUT:
+        return 0
+    return int(COPY_SHARE * samples * geometry.positions * geometry.kernel_positions / pixels)
 
 
 def beside_a_copy(config: PatchConfig, problem: PatchProblem) -> PatchConfig:
-    """A default with fewer parts of K, so that its workspace takes no more than COPY_SHARE."""
+    """A configuration with fewer parts of K, so that its workspace takes no more than COPY_SHARE."""
     splits = [s for s in SPLITS if s <= config.SPLIT_K]
     fewer = (replace(config, SPLIT_K=split) for split in reversed(splits))
     return next((c for c in fewer if 4 * c.workspace(problem) <= COPY_SHARE * problem.patch_bytes), config)

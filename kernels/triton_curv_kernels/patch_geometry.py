@@ -93,6 +93,14 @@ class PatchGeometry:
         return prod(self.kernel)
 
     @property
+    def sees_pixels(self) -> bool:
+        """Whether patches are pixels of the input: a kernel of one pixel, which sees no padding."""
+        reach = zip(self.sizes, self.outputs, self.stride, self.before, strict=True)
+        return self.kernel_positions == 1 and all(
+            before == 0 and (out - 1) * step < size for size, out, step, before in reach
+        )
+
+    @property
     def gaps(self) -> tuple[int, ...]:
         """Distance between the first and the last kernel position."""
         return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))

@@ -1,11 +1,17 @@
 """`accumulate_patch_factor_` in plain torch, without ever holding the patches of a whole batch.
 
-Two ways, both over a few samples at a time, in channels-last memory of the factor's dtype. `by_displacement`, for
+`by_pixels`, for a kernel of one pixel, multiplies the pixels where they lie. Two other ways go over a few samples at a
+time, in channels-last memory of the factor's dtype. `by_displacement`, for
 stride 1: with zeros between rows and between images, a displacement between pixels is a distance between rows of one
 (pixels, channels) matrix. So one product of matrices for each displacement d of kernel positions gives
 S_d = sum_u x[u + d] x[u]^T, over all u: block (o + d, o) of the factor, but for the patches that the convolution does
 not visit, near the boundary. Those are taken away, patches of one border row (and so on) at a time; they have few
 columns that are not zero. `by_patches`, for all others: patches of a few samples.
+
+Memory beside the factor: by pixels less than 5 % of what `unfold` takes, which for a kernel of one pixel is a copy of
+the input (nothing for an fp32 input in either layout, and otherwise a row of pixels at least). By patches 2.5 % of all
+patches, 4 MiB at least, and half as much for the image they come from. By displacement 2 MiB of the image, a product
+of channels for each displacement, and as much again for what is added to the factor in the end.
 
 Source: own derivation (block (i, j) of a patch covariance depends on j - i but for the boundary).
 """
@@ -20,6 +26,7 @@ import torch
 from torch import Tensor
 
 from triton_curv_kernels.factor import accumulate_factor_reference
+from triton_curv_kernels.patch_config import COPY_SHARE
 from triton_curv_kernels.patch_geometry import PatchGeometry, displacements
 
 SCRATCH = 1 << 19  # elements of the image that `by_displacement` holds at a time
@@ -34,7 +41,9 @@ def accumulate_patch_factor_reference(
     factor (groups, n', n'); input (samples, channels, *spatial). The faster of two ways by `prefers_displacement`.
     """
     per_group = input.shape[1] // factor.shape[0]
-    if prefers_displacement(geometry, input.shape[0], per_group, factor.shape[0]):
+    if geometry.sees_pixels:
+        by_pixels(factor, input, geometry, alpha, beta, ones)
+    elif prefers_displacement(geometry, input.shape[0], per_group, factor.shape[0]):
         by_displacement(factor, input, geometry, alpha, beta, ones)
     else:
         by_patches(factor, input, geometry, alpha, beta, ones)
@@ -68,6 +77,78 @@ def prefers_displacement(geometry: PatchGeometry, samples: int, per_group: int, 
     return displaced <= 0.7 * patches
 
 
+def by_pixels(factor: Tensor, input: Tensor, geometry: PatchGeometry, alpha: float, beta: float, ones: bool) -> None:
+    """factor (groups, n', n') <- beta factor + alpha sum over pixels of x x^T: for a kernel of one pixel.
+
+    Pixels or channels that are neighbours in memory are multiplied where they are; others, and other dtypes than the
+    factor's, are copied in parts of COPY_SHARE of the patches or one row of pixels.
+    """
+    groups, samples, channels = factor.shape[0], input.shape[0], input.shape[1]
+    n = channels // groups
+    reach = zip(geometry.outputs, geometry.stride, strict=True)
+    every = slice(None)
+    seen = input[(every, every, *(slice(0, (out - 1) * step + 1, step) for out, step in reach))]
+    core, left = factor[:, :n, :n], beta
+    sums = factor.new_zeros(channels)
+    for rows in _rows_of_pixels(seen, factor):
+        if ones:
+            sums += rows.sum(-1) if rows.dim() == 2 else rows.sum((0, 2))
+        if groups == 1 and rows.dim() == 3:
+            core[0].addbmm_(rows, rows.mT, beta=left, alpha=alpha)
+        elif groups == 1:
+            accumulate_factor_reference(core[0], rows.mT, alpha, left)
+        else:
+            for each in rows if rows.dim() == 3 else [rows]:
+                of_group = each.unflatten(0, (groups, n))
+                core.baddbmm_(of_group, of_group.mT, beta=left, alpha=alpha)
+                left = 1.0
+        left = 1.0
+    if samples == 0:
+        core.mul_(beta) if beta != 0.0 else core.zero_()
+    if not ones:
+        return
+    border = factor[:, n, :]
+    if beta == 0.0:
+        border.zero_()  # 0 * NaN is not 0
+    elif beta != 1.0:
+        border.mul_(beta)
+    border[:, :n].add_(sums.view(groups, n), alpha=alpha)
+    border[:, n].add_(alpha * samples * geometry.positions)
+    factor[:, :n, n].copy_(border[:, :n])
+
+
+def _rows_of_pixels(seen: Tensor, factor: Tensor) -> Iterator[Tensor]:
+    """All pixels of (samples, channels, *spatial), as (channels, pixels) or (samples, channels, pixels).
+
+    They are views where layout and dtype allow it, else copies of a part.
+    """
+    samples, channels, positions = seen.shape[0], seen.shape[1], prod(seen.shape[2:])
+    if seen.numel() == 0:
+        return
+    if seen.dtype == factor.dtype:
+        whole = _as_view(seen.movedim(1, -1), samples * positions, channels)
+        view = _as_view(seen, samples, channels, positions) if whole is None else whole.mT
+        if view is not None:
+            yield view
+            return
+    most = COPY_SHARE * samples * positions * seen.dtype.itemsize / factor.dtype.itemsize  # pixels of a part
+    together = max(1, int(most / positions))
+    lines = seen.shape[2] if most >= positions else max(1, int(most * seen.shape[2] / positions))
+    buffer = factor.new_empty(min(together, samples) * lines * prod(seen.shape[3:]) * channels)
+    for some in seen.split(together):
+        for part in some.split(lines, dim=2):
+            copy = buffer[: part.numel()].view(part.shape[0], *part.shape[2:], channels).copy_(part.movedim(1, -1))
+            yield copy.view(-1, channels).mT  # to be used before the next
+
+
+def _as_view(tensor: Tensor, *shape: int) -> Tensor | None:
+    """`tensor.view(shape)`, or None where that needs a copy."""
+    try:
+        return tensor.view(shape)
+    except RuntimeError:
+        return None
+
+
 def by_patches(
     factor: Tensor,
     input: Tensor,
@@ -94,7 +175,8 @@ def by_patches(
     inside = tuple(slice(start, start + size) for start, size in zip(before, geometry.sizes, strict=True))
     row = geometry.kernel_positions * per_group
     if scratch is None:
-        scratch = min(max(PATCH_SCRATCH[0], 4 * groups * row**2), PATCH_SCRATCH[1])
+        share = int(COPY_SHARE * input.shape[0] * geometry.positions * row * groups)
+        scratch = min(max(PATCH_SCRATCH[0], 4 * groups * row**2), PATCH_SCRATCH[1], max(PATCH_SCRATCH[0], share))
     at_once = max(1, scratch // max(1, geometry.positions * row * groups))
     for some in input.split(at_once):
         image = some.movedim(1, -1)

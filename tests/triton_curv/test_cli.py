@@ -130,10 +130,15 @@ def test_checkpoint_of_another_run_is_exit_code_2(tmp_path: Path, capsys: pytest
         assert shown.err.count("\n") == 1
 
 
-def test_missing_cli_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "typer", None)
+@pytest.mark.parametrize("name", ["typer", "rich", "matplotlib", "jinja2"])
+def test_missing_cli_packages_are_named_before_a_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
     assert main(["scenarios"]) == 2
-    assert 'the package typer: pip install "triton-curv[cli]"' in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert f'the package {name}: pip install "triton-curv[cli]"' in shown.err
+    assert not shown.out
 
 
 def test_missing_data_package_is_exit_code_2(

@@ -118,11 +118,14 @@ def test_reports_do_not_disturb_the_state(call: Callable[[tc.KFAC], object]) -> 
 
 INVERSES: list[InverseName] = ["cholesky", "eigen", "neumann"]
 READERS = (
-    "triton_curv.inverse",
-    "triton_curv.blocks.bank",
-    "triton_curv.blocks.inversion",
-    "triton_curv.optimizers.apply",
-    "triton_curv.optimizers.kfac",
+    "triton_curv.inverse.known_true",
+    "triton_curv.blocks.bank.known_true",
+    "triton_curv.blocks.inversion.known_true",
+    "triton_curv.optimizers.apply.known_true",
+    "triton_curv.optimizers.fallback.known_true",
+    "triton_curv.optimizers.kfac.known_true",
+    "triton_curv.optimizers.hyper.on_host",
+    "triton_curv_kernels.momentum.runs_on_host",
 )
 INJECTIONS = ["gradient", "statistics", "nan", "inf", "indefinite", "throws", "residual"]
 
@@ -159,8 +162,8 @@ def test_every_injected_failure_is_survived_and_counted(
 ) -> None:
     """One bad step out of four: all weights stay finite, the last steps move them, the event is counted."""
     if device_blind:
-        for module in READERS:
-            monkeypatch.setattr(f"{module}.known_true", lambda flags: False)
+        for reader in READERS:
+            monkeypatch.setattr(reader, lambda *_: False)
     model = small_net()
     optimizer = tc.KFAC(model, lr=1e-3, factor_interval=1, inverse_interval=1, inverse=inverse)
     data = batches(5)
@@ -208,8 +211,8 @@ def test_healthy_steps_read_nothing_on_the_host(
 ) -> None:
     """With hostcheck as on a GPU: folding, inverting and applying steps; the first step, which checks taps, aside."""
     assert not hostcheck.known_true(torch.zeros(1, device="meta"))
-    for module in READERS:
-        monkeypatch.setattr(f"{module}.known_true", lambda flags: False)
+    for reader in READERS:
+        monkeypatch.setattr(reader, lambda *_: False)
     monkeypatch.setattr("triton_curv.health.HealthMonitor.watch", lambda self: None)
     model = nn.Sequential(small_net(), nn.LayerNorm(3))
     optimizer = tc.KFAC(
@@ -231,8 +234,8 @@ def test_the_fallback_with_a_flag_is_the_fallback(fallback: Any, monkeypatch: py
     results = []
     for blind in (False, True):
         if blind:
-            for module in READERS:
-                monkeypatch.setattr(f"{module}.known_true", lambda flags: False)
+            for reader in READERS:
+                monkeypatch.setattr(reader, lambda *_: False)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
         optimizer = tc.KFAC(model, lr=1e-2, weight_decay=0.1, fallback=fallback)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import triton_curv as tc
 from triton_curv.blocks import low_rank
-from triton_curv.blocks.low_rank import LowRank, read, times_left_, times_right, truncate, write_
+from triton_curv.blocks.low_rank import LowRank, read, times_left_, times_right_, truncate, write_
 
 WIDE = 300
 
@@ -110,7 +110,7 @@ def test_products_and_storage() -> None:
     assert all(map(torch.equal, form[:2], found.form[:2]))
     assert form.scale == found.form.scale
     D, E = torch.randn(7, WIDE, dtype=torch.float64), torch.randn(WIDE, 5, dtype=torch.float64)
-    assert torch.allclose(times_right(D, form, torch.empty_like(D)), D @ form.dense(), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(times_right_(D.clone(), form), D @ form.dense(), rtol=1e-12, atol=1e-12)
     expected = form.dense() @ E
     assert torch.allclose(times_left_(form, E), expected, rtol=1e-12, atol=1e-12)
 

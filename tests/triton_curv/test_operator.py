@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import triton_curv as tc
 from triton_curv.blocks import operator as file
-from triton_curv.blocks.operator import Operator, solve, solve_all
+from triton_curv.blocks.low_rank import LowRank
+from triton_curv.blocks.operator import Forms, Operator, solve, solve_all, solves_in_place
 from triton_curv_kernels import apply_damped_inverse
 
 
@@ -29,6 +30,31 @@ def mixture() -> tuple[list[Operator], list[Tensor]]:
         Operator([spd(1, 4)], [spd(1, 3)], torch.rand(1, 4, 3), True),
     ]
     return operators, [torch.randn(s) for s in ((1, 5, 7), (2, 3, 4), (6, 2, 1), (1, 3, 6), (1, 4, 3))]
+
+
+def low_rank(n: int, rank: int) -> LowRank:
+    basis = torch.linalg.qr(torch.randn(n, rank)).Q.mT
+    return LowRank(basis.contiguous(), torch.rand(rank), 1.7)
+
+
+@pytest.mark.parametrize("left", ["diagonal", "low rank", "whole", "blocks"])
+def test_low_rank_forms_are_the_dense_matrices(left: str) -> None:
+    """Also in the memory of the gradient itself, where G allows it."""
+    torch.manual_seed(0)
+    of_A, of_G = low_rank(30, 4), low_rank(20, 3)
+    factors = {"diagonal": torch.rand(20, 1, 1), "whole": spd(1, 20), "blocks": spd(4, 5)}.get(left, torch.empty(0))
+    dense = {"diagonal": factors.flatten().diag(), "whole": factors[:1], "blocks": torch.block_diag(*factors)}
+    forms = Forms(of_G if left == "low rank" else None, of_A)
+    operator = Operator([factors], [torch.empty(0)], None, left in ("whole", "low rank"), forms)
+    matrix = torch.randn(1, 20, 30)
+    expected = dense.get(left, of_G.dense()) @ matrix @ of_A.dense()
+    out = torch.full_like(matrix, torch.nan)
+    solve(operator, matrix, out)
+    torch.testing.assert_close(out, expected)
+    assert solves_in_place(operator) == (left in ("diagonal", "low rank"))
+    if solves_in_place(operator):
+        solve(operator, matrix, matrix)
+        torch.testing.assert_close(matrix, expected)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:

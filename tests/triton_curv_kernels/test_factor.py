@@ -203,7 +203,7 @@ def test_tile_map_covers_the_triangle_once(tiles: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("ones", [False, True], ids=["plain", "ones"])
-@pytest.mark.parametrize("shape", [*SHAPES, (600, 150), (2, 2000, 17)], ids=str)  # panels; a border
+@pytest.mark.parametrize("shape", [*SHAPES, (600, 150), (30, 400), (2, 2000, 17)], ids=str)  # panels; a border
 def test_reference_is_exact(shape: tuple[int, ...], ones: bool, beta: float, dtype: torch.dtype) -> None:
     def accumulate(factor: Tensor, *args: Any) -> None:
         wide = factor.to(dtype)

@@ -129,6 +129,15 @@ def test_any_strides(update_: Update, of_param: str, of_momentum: str) -> None:
     check(update_, args)
 
 
+def test_large_tensors_go_by_pieces_on_a_cpu() -> None:
+    args = lists([(300, 701), (500, 3, 100), (200_000,), (2, 90_000)])
+    args.momenta[0] = VIEWS["row of more"](args.momenta[0])
+    args.updates[0] = VIEWS["row of more"](args.updates[0])
+    check(momentum_update_, args)
+    args.hyper[2] = args.hyper[4] = 0.0  # no decay, no look ahead
+    check(momentum_update_, args)
+
+
 @both
 def test_nothing_beside_a_view_is_written(update_: Update) -> None:
     memory = torch.full((2, 9, 12), float("nan"))

@@ -113,6 +113,21 @@ def patches(kernels: Kernels, far: int, algorithm: str, of: str) -> None:
     assert torch.equal(result.double(), expected)
 
 
+def one_pixel(kernels: Kernels, far: int, of: str) -> None:
+    """A kernel of one pixel: samples, channels, rows of pixels, or rows of the factor far apart."""
+    sizes = {"samples": (9, 3, 10), "channels": (2, 9, 10), "rows": (2, 3, 9, 2), "factor": (2, 9, 4)}[of]
+    setting = Setting(sizes, (1,) * len(sizes[2:]))
+    input, result = setting.integers(), setting.factor(ones=True)
+    expected = setting.expected(result, input, 0.5, 1.0, ones=True)
+    if of == "factor":
+        result = apart(result, far, 1)
+    else:
+        input = apart(input, far, ("samples", "channels", "rows").index(of))
+    geometry = kernels.patch_geometry.PatchGeometry(**vars(geometry_of(setting)))
+    kernels.patch.launch_accumulate_patch_factor_(result, input, geometry, 0.5, 1.0, True)
+    assert torch.equal(result.double(), expected)
+
+
 # pack_symmetric, unpack_symmetric
 
 
@@ -329,6 +344,7 @@ PROBES: dict[str, Probe] = {
         for of in ("samples", "pixels", "factor", "groups")
     },
     "patches by gather, channels": partial(patches, algorithm="gather", of="channels"),
+    **{f"one pixel, {of}": partial(one_pixel, of=of) for of in ("samples", "channels", "rows", "factor")},
     **{f"packing{', traced' * t}": partial(packing, traced=t) for t in (False, True)},
     **{f"{'un' * (not p)}packing, large": partial(packing_large, pack=p) for p in (True, False)},
     **{

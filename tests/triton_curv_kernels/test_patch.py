@@ -12,9 +12,10 @@ from tests.support.offline import TracedKernels, traced_kernels
 from tests.support.patches import Setting
 from tests.support.poison import poisoned, poisoned_allocations
 from tests.triton_curv_kernels.test_patch_reference import geometry_of
-from triton_curv_kernels import UnsupportedInputError, accumulate_patch_factor_, patch_config
+from triton_curv_kernels import UnsupportedInputError, accumulate_patch_factor_, patch_config, patch_pixel_rows
 from triton_curv_kernels import patch as patch_file
 from triton_curv_kernels.backend import VARIABLE, DeviceLimits
+from triton_curv_kernels.factor import FactorConfig
 from triton_curv_kernels.patch import (
     CONFIGS,
     NUMERICS,
@@ -72,6 +73,31 @@ def test_launch_is_exact(name: str, algorithm: str) -> None:
         return
     check(setting, ONE_PASS[number], 0.25, True, torch.bfloat16)
     check(setting, SPLIT[number], 0.0, False, torch.float32)
+
+
+ONE_PIXEL = {
+    "rows of samples": (Setting((3, 20, 5, 6), (1, 1)), True, torch.bfloat16),
+    "stride": (Setting((2, 3, 3, 6), (1, 1), {"stride": 2}), True, torch.float16),
+    "groups": (Setting((2, 4, 3, 4), (1, 1), {"stride": (1, 2), "groups": 2}), False, torch.float32),
+    "3d": (Setting((2, 3, 3, 2, 4), (1, 1, 1), {"stride": (2, 1, 2)}), True, torch.float32),
+    "no samples": (Setting((0, 4, 3, 3), (1, 1)), True, torch.float32),
+    "channels last": (Setting((2, 4, 3, 3), (1, 1), {"stride": 2}, channels_last=True), True, torch.float32),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("name", ONE_PIXEL)
+def test_one_pixel_is_exact_in_any_layout(name: str, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch_pixel_rows, "within_memory", lambda *_: FactorConfig(16, 16, split, 1, 2))
+    setting, ones, dtype = ONE_PIXEL[name]
+    check(setting, None, 0.25 if split == 1 else 0.0, ones, dtype)
+
+
+@pytest.mark.interpreter
+def test_channels_far_apart_are_gathered() -> None:
+    """A small input in another layout than channels_last is read in place."""
+    check(Setting((2, 18, 4, 3), (2, 2), {"padding": 1}), None, 0.25, True, torch.bfloat16)
 
 
 @pytest.mark.interpreter
@@ -156,6 +182,8 @@ def test_opcheck() -> None:
     config = PatchConfig("implicit", 64, 32, 2).to_ints()
     torch.library.opcheck(ops.accumulate_patch_factor_, (factor, input, *geometry, 0.5, 0.9, True, config))
     torch.library.opcheck(ops.accumulate_patch_factor_, (factor[:, :27, :27], input[:1, :3].bfloat16(), *geometry))
+    padded = (*geometry, "reflect", 0.5, 0.9, True, None, "")
+    torch.library.opcheck(ops.accumulate_padded_patch_factor_, (factor, input, *padded))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -168,7 +196,7 @@ def test_cpu_graph_equals_eager(backend: str) -> None:
 
 
 def test_cuda_graph_holds_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An input that is not channels_last is copied in parts, here four of a sample each, with launches of their own."""
+    """A large input that is not channels_last is copied in parts, here of a sample each, with launches of their own."""
     config = PatchConfig("displacement", 64, 32, 2)
 
     def displaced(factor: Tensor, input: Tensor) -> None:
@@ -180,7 +208,8 @@ def test_cuda_graph_holds_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert traced_kernels(displaced, channels_last) == TracedKernels(2, [])
     assert traced_kernels(displaced, lambda: arguments("cuda")) == TracedKernels(2, [])
-    monkeypatch.setattr(patch_config, "SMALL_COPY", 0)
+    monkeypatch.setattr(patch_config, "SMALL_INPUT", 0)
+    monkeypatch.setattr(patch_config, "COPY_SHARE", 0.03)
     assert traced_kernels(displaced, lambda: arguments("cuda")) == TracedKernels(4 * 2, [])
     assert traced_kernels(step, channels_last).opaque == []
 
@@ -252,7 +281,7 @@ A100 = DeviceLimits("cuda", 108, 163 * 1024)
         ({"limits": HIP}, PatchConfig("implicit", 128, 64, num_stages=3)),  # 96 KiB
         ({"dtype": torch.float32}, PatchConfig("implicit", 64, 64)),
         ({"per_group": 33}, PatchConfig("implicit", 128, 64)),
-        ({"samples": 1}, PatchConfig("implicit", 64, 64, SPLIT_K=128)),
+        ({"samples": 1}, PatchConfig("displacement", 64, 64, SPLIT_K=2)),  # a workspace of 2 x 832 KiB
         ({"geometry": problem(32, 128, 28, stride=2).geometry}, PatchConfig("displacement", 64, 64)),
         ({"geometry": PatchGeometry.of((4, 4), (4, 4), (1, 1), (0,) * 4, (1, 1))}, PatchConfig("displacement", 64, 32)),
     ],
@@ -286,7 +315,8 @@ def test_copies_and_workspace_take_less_than_5_percent_of_patches(dtype: torch.d
         config = beside_a_copy(default_config(asked), asked)
         copied = samples_of_part(asked) * channels * size**2 * dtype.itemsize
         assert copied + 4 * config.workspace(asked) <= 0.05 * asked.patch_bytes
-        assert samples_of_part(replace(asked, samples=1)) == 1
+        assert copied > 0
+        assert samples_of_part(replace(asked, samples=1)) == 0  # read in place
 
 
 def test_default_algorithm() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tests.support.patches import Setting
 from tests.support.poison import poisoned, poisoned_allocations
 from triton_curv.profiling.stopwatch import peak_extra_bytes
-from triton_curv_kernels import accumulate_patch_factor_, patch_config
+from triton_curv_kernels import accumulate_patch_factor_, patch_padding
 from triton_curv_kernels.patch_geometry import PatchGeometry, padding_sides, per_dimension
 from triton_curv_kernels.patch_reference import (
     accumulate_patch_factor_reference,
@@ -73,8 +73,7 @@ def test_all_settings(dims: int, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
 def test_padding_goes_by_few_samples(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_config, "SMALL_COPY", 0)
-    monkeypatch.setattr(patch_config, "COPY_SHARE", 0.15)  # 2 of 3 samples
+    monkeypatch.setattr(patch_padding, "COPY_SHARE", 0.15)  # 2 of 3 samples
     padded: list[int] = []
     pad = functional.pad
 
@@ -110,6 +109,21 @@ ZEROS = {
 def test_both_ways_are_exact(name: str, way: Callable[..., None]) -> None:
     for beta, ones, scratch in ((0.0, True, 1), (0.25, False, 1 << 19), (1.0, True, 1 << 19)):
         check(ZEROS[name], partial(way, scratch=scratch), beta, ones)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 4, 7), (2, 4, 3, 2, 4), (0, 4, 3, 3), (1, 1, 1)], ids=str)
+def test_one_pixel_is_exact(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for stride, groups, channels_last, ones, beta in product(
+        (1, 2), (1, 2), (False, True), (False, True), (0.0, 0.25, 1.0)
+    ):
+        setting = Setting(shape, (1,) * len(shape[2:]), {"stride": stride, "groups": groups}, channels_last)
+        input = setting.integers(dtype)
+        factor = setting.factor(ones) if beta else poisoned(setting.factor(ones).shape)
+        target = setting.expected(factor, input, 0.5, beta, ones)
+        accumulate(setting, factor, input, 0.5, beta, ones)
+        torch.testing.assert_close(factor.double(), target, rtol=0, atol=0)
+        assert torch.equal(factor, factor.mT)
 
 
 @pytest.mark.parametrize("stride", [2, (1, 3)])

@@ -150,10 +150,10 @@ def read(place: Tensor) -> LowRank | None:
 # ---- products
 
 
-def times_right(matrix: Tensor, form: LowRank, out: Tensor) -> Tensor:
-    """out = D scale (I - U^T diag(gains) U) of D (m, n)."""
+def times_right_(matrix: Tensor, form: LowRank) -> Tensor:
+    """D <- D scale (I - U^T diag(gains) U) of D (m, n), in place."""
     inside = (matrix @ form.basis.mT).mul_(form.gains)
-    return torch.addmm(matrix, inside, form.basis, beta=form.scale, alpha=-form.scale, out=out)
+    return matrix.addmm_(inside, form.basis, beta=form.scale, alpha=-form.scale)
 
 
 def times_left_(form: LowRank, matrix: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_curv.blocks.low_rank import LowRank, times_left_
-from triton_curv.blocks.low_rank import times_right as times_low_rank
-from triton_curv.blocks.side import times_left, times_right
+from triton_curv.blocks.low_rank import LowRank, times_left_, times_right_
+from triton_curv.blocks.side import times_left, times_left_into, times_right
 from triton_curv.costs import Cost
 from triton_curv_kernels import apply_damped_inverse
 from triton_curv_kernels.backend import use_reference
@@ -77,15 +76,23 @@ def solved(operator: Operator, matrix: Tensor) -> Tensor:
     return result[None] if one else result
 
 
+def solves_in_place(operator: Operator) -> bool:
+    """Whether `solve` takes the same tensor for D and P: A in a low-rank form, and G so or diagonal."""
+    left, _, _, _, forms = operator
+    if forms is None or forms.right is None:
+        return False
+    return forms.left is not None or not left or (len(left) == 1 and left[0].shape[-1] == 1)
+
+
 def solve(operator: Operator, matrix: Tensor, out: Tensor) -> None:
-    """out = `solved(operator, matrix)`."""
+    """out = `solved(operator, matrix)`; `matrix` may be `out` where `solves_in_place` says so."""
     left, right, gains, whole, forms = operator
     if forms is not None:
-        of_rows = matrix if forms.left is not None else times_left(left, matrix)
         if forms.right is not None:
-            times_low_rank(of_rows[0], forms.right, out[0])
+            times_left_into(() if forms.left is not None else left, matrix, out)
+            times_right_(out[0], forms.right)
         else:
-            out.copy_(times_right(of_rows, right))
+            out.copy_(times_right(matrix if forms.left is not None else times_left(left, matrix), right))
         if forms.left is not None:
             times_left_(forms.left, out[0])
         return

@@ -116,6 +116,19 @@ def times_left(factors: Sequence[Tensor], matrix: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def times_left_into(factors: Sequence[Tensor], matrix: Tensor, out: Tensor) -> None:
+    """out = diag(F_1, F_2, ...) @ D, one pass over memory for a diagonal, none for no factor and D in `out` already."""
+    if not factors:
+        if out is not matrix:
+            out.copy_(matrix)
+    elif len(factors) == 1 and factors[0].shape[-1] == 1:
+        torch.mul(matrix, factors[0].view(len(matrix), -1, 1), out=out)
+    elif len(factors) == 1 and len(factors[0]) == len(matrix) == 1:
+        torch.mm(factors[0][0], matrix[0], out=out[0])
+    else:
+        out.copy_(times_left(factors, matrix))
+
+
 def times_right(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """D @ diag(F_1, F_2, ...) for D (batch, rows, columns); factors (batch * count, n, n) make up its columns."""
     batch, rows, _ = matrix.shape

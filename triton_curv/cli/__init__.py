@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+PACKAGES = ("typer", "rich", "matplotlib", "jinja2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for bad input (one line on stderr), 130 for Ctrl-C."""
-    try:
-        import typer
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:  # said before a run, not by the picture at its end
+        return _fail(f'the command line needs the package {missing[0]}: pip install "triton-curv[cli]"')
+    import typer
 
-        from triton_curv.cli.app import app
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
-            raise
-        return _fail(f'the command line needs the package {error.name}: pip install "triton-curv[cli]"')
+    from triton_curv.cli.app import app
     from triton_curv.errors import TritonCurvError
 
     given = list(sys.argv[1:] if arguments is None else arguments)

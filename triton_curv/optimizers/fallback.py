@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from triton_curv.costs import update_cost
+from triton_curv.hostcheck import known_true
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.sharding.local import local
@@ -66,6 +67,34 @@ def _column(loose: Loose, name: str) -> list[Tensor]:
     return [state[name] for state in loose.states]
 
 
+def _fits_one_pass(loose: Loose) -> bool:
+    """Whether torch's fused AdamW takes these tensors: fp32, in the same order in memory, which it does not check."""
+    tensors = [*loose.params, *loose.grads, *_column(loose, "exp_avg"), *_column(loose, "exp_avg_sq")]
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def _fused_adamw_(loose: Loose) -> None:
+    """AdamW in one pass over memory: torch's own, on the host, where its arguments are known."""
+    steps = _column(loose, "step")
+    torch._foreach_add_(steps, 1.0)
+    row = loose.hyper.tolist()
+    torch._fused_adamw_(  # private, but what torch.optim.AdamW(fused=True) calls
+        loose.params,
+        loose.grads,
+        _column(loose, "exp_avg"),
+        _column(loose, "exp_avg_sq"),
+        [],
+        steps,
+        amsgrad=False,
+        lr=row[SLOT["lr"]],
+        beta1=row[SLOT["beta1"]],
+        beta2=row[SLOT["beta2"]],
+        weight_decay=row[SLOT["weight_decay"]],
+        eps=row[SLOT["eps"]],
+        maximize=row[SLOT["sign"]] < 0,
+    )
+
+
 class AdamWFallback:
     """`torch.optim.AdamW`."""
 
@@ -82,6 +111,9 @@ class AdamWFallback:
     @stage("update", payload=lambda rule, loose, fine: update_cost(sum(p.numel() for p in loose.params)))
     def update(self, loose: Loose, fine: Tensor) -> None:
         """The rule by foreach functions; of lists of 0-dim tensors, which nobody reads on the host."""
+        if known_true(fine) and _fits_one_pass(loose):
+            _fused_adamw_(loose)
+            return
         hyper, happens, count = loose.hyper, fine.to(loose.hyper.dtype), len(loose.params)
         lr, beta1, beta2 = (hyper[SLOT[name]] for name in ("lr", "beta1", "beta2"))
         new1, new2 = hyper[SLOT["one_minus_beta1"]] * happens, hyper[SLOT["one_minus_beta2"]] * happens

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_curv.hostcheck import on_host
 from triton_curv.optimizers.hyper_slots import SLOT, SLOTS
 from triton_curv.optimizers.kfac_options import KFACOptions
 
@@ -37,6 +38,13 @@ def corrected(hyper: Tensor, steps: Tensor, nesterov: bool) -> Tensor:
 
     On the device, where the steps are counted: in a CUDA graph that is replayed, too, they go on.
     """
+    if on_host(hyper):  # as Python numbers: a dozen calls less
+        row, past = hyper.tolist(), float(steps)
+        bias = 1 - row[SLOT["corrects"]] * row[SLOT["momentum"]] ** (past + 1 + nesterov)
+        for name in ("momentum_weight", "update_weight"):
+            row[SLOT[name]] /= bias
+        row[SLOT["settled"]] = 1 - row[SLOT["momentum"]] ** past
+        return torch.tensor(row, dtype=hyper.dtype)
     momentum, corrects = hyper[SLOT["momentum"]], hyper[SLOT["corrects"]]
     bias = 1 - corrects * momentum ** (steps + 1 + nesterov)
     weights, settled = slice(SLOT["momentum_weight"], SLOT["update_weight"] + 1), SLOT["settled"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from triton_curv.blocks import Block, ConvRule, DenseRule, Rule
-from triton_curv.blocks.operator import Operator
+from triton_curv.blocks.operator import Operator, solves_in_place
 from triton_curv.errors import NoStatisticsError
 from triton_curv.optimizers.graph_apply import GraphRow, GraphWork
 from triton_curv.optimizers.step_size import Sizes
@@ -89,6 +89,12 @@ def root_sizes(rows: Sequence[Row], like: Tensor) -> Tensor:
     return torch.tensor([row.block.matrix_size**0.5 for row in rows], dtype=like.dtype, device=like.device)
 
 
+def with_gradient_in_update(row: Row) -> Row:
+    """A block whose gradient is put where its update will be."""
+    parts = tuple(part._replace(grad=part.update) for part in row.parts)
+    return row._replace(grad=row.update, parts=parts)
+
+
 def graph_row(row: Row) -> GraphRow:
     """A block as a graph takes it."""
     params, fans = [part.param for part in row.parts], [part.fan_out for part in row.parts]
@@ -143,14 +149,19 @@ class MatrixGroup:
         self.params = [part.param for row in self.rows for part in row.parts]
         self.root_sizes, self.fan_scales = root_sizes(self.rows, self.idle), fan_scales(self.rows, self.idle)
 
-    def active(self) -> Lists:
-        """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one."""
+    def active(self, in_place: bool = False) -> Lists:
+        """The blocks whose parameters have gradients. Raises NoStatisticsError if only some of a block's have one.
+
+        With `in_place` gradients that are preconditioned in place are put into the buffer of updates at once.
+        """
         if self.rows and self.rows[0].block.store.forms != self._forms:  # of the inverses that lists hold
             self._cache.clear()
             self._forms = self.rows[0].block.store.forms
-        present = tuple(part.param.grad is not None for row in self.rows for part in row.parts)
+        present = (in_place, *(part.param.grad is not None for row in self.rows for part in row.parts))
         if present not in self._cache:
             rows = [self.rows[i] for i in self._active()]
+            if in_place:
+                rows = [with_gradient_in_update(row) if solves_in_place(row.block.operator) else row for row in rows]
             stale = (self.grads, self.updates) if len(rows) < len(self.rows) else ()
             self._cache[present] = self._lists(rows)._replace(stale=stale)
         return self._cache[present]

@@ -140,7 +140,8 @@ class Regions:
                 self._settled = True
             blocks = tuple(tuple(row.number for row in each.rows) for each in in_graph)
             return self._apply((blocks, tuple(len(each.params) for each in others)), *arguments)
-        active = [(group.active(), row) for group, row in with_blocks]
+        in_place = options.update_size != "kl_clip"  # which multiplies updates with gradients
+        active = [(group.active(in_place), row) for group, row in with_blocks]
         work = [Work(lists, [cast("Tensor", p.grad) for p in lists.leaves], row) for lists, row in active]
         finite = apply_([each for each in work if each.grads], others, hyper.steps, samples, skipped, options, exchange)
         return finite

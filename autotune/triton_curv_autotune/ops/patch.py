@@ -13,13 +13,14 @@ from triton_curv_kernels import (
     patch_config,
     patch_gather,
     patch_geometry,
+    patch_one_pixel,
     patch_pixels,
     patch_products,
     patch_store,
 )
-from triton_curv_kernels.factor import FactorProblem
 from triton_curv_kernels.patch import PatchConfig, PatchProblem
 from triton_curv_kernels.patch_geometry import PatchGeometry
+from triton_curv_kernels.patch_pixel_rows import pixel_problem, takes_pixels
 
 
 def bucket(problem: PatchProblem) -> PatchProblem:
@@ -54,14 +55,15 @@ def reference(inputs: Inputs) -> list[Tensor]:
 
 
 def describe(inputs: Inputs) -> list[tuple[str, Any]]:
-    """The one problem of a call; for a kernel of one pixel that visits all pixels, that of `accumulate_factor_`."""
+    """The problem of a call: for a kernel of one pixel that of `accumulate_factor_`; none if channels are gathered."""
     factor, input, kernel_size, stride, padding, dilation = inputs[:6]
     ones = inputs[8] if len(inputs) > 8 else False
     geometry = PatchGeometry.of(input.shape[2:], kernel_size, stride, padding, dilation)
-    rows = kernel.pixel_rows(input, geometry, factor.shape[0])
-    if rows is not None:
-        return [("accumulate_factor_", FactorProblem.of(rows, ones))]
-    return [("accumulate_patch_factor_", PatchProblem.of(input, factor.shape[0], geometry, ones))]
+    if takes_pixels(input, geometry, factor.shape[0]):
+        return [("accumulate_factor_", pixel_problem(input, geometry, factor.shape[0], ones))]
+    problem = PatchProblem.of(input, factor.shape[0], geometry, ones)
+    in_place = input.stride(1) != 1 and problem.per_group > 1 and patch_config.samples_of_part(problem) == 0
+    return [] if in_place else [("accumulate_patch_factor_", problem)]
 
 
 def _conv(channels: int, size: int, kernel_size: int, stride: int) -> PatchProblem:
@@ -89,7 +91,16 @@ ACCUMULATE_PATCH_FACTOR = register(
         default=kernel.default_config,
         bucket=bucket,
         numerics=kernel.NUMERICS,
-        modules=(kernel, patch_config, patch_gather, patch_geometry, patch_pixels, patch_products, patch_store),
+        modules=(
+            kernel,
+            patch_config,
+            patch_gather,
+            patch_geometry,
+            patch_one_pixel,
+            patch_pixels,
+            patch_products,
+            patch_store,
+        ),
         make_inputs=make_inputs,
         launch=launch,
         reference=reference,
