@@ -33,9 +33,10 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """All parameters of an optimizer; `print` it for a table."""
+    """All parameters of an optimizer, and what its options do other than was asked; `print` it for a table."""
 
     rows: tuple[CoverageRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def covered(self) -> float:
@@ -79,7 +80,7 @@ class Coverage:
             f"{self.covered:.1%} of the trained numbers have a curvature block; "
             f"factors take {factors / 2**20:.1f} MiB, inverses {inverses / 2**20:.1f} MiB"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def coverage_of(
@@ -89,6 +90,7 @@ def coverage_of(
     reasons: Mapping[Parameter, str],
     fallback: str,
     bytes_sent: Sequence[int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Coverage:
     """The report for blocks and the parameters that `fallback` trains, in the order of the parameter groups.
 
@@ -123,6 +125,7 @@ def coverage_of(
                     ),
                 }
             low = [f"{name}^-1 of rank {rank}" for name, rank in ranks.items()]
-            note = "; ".join([block.rule.approximation, *low])
+            shared = ["fed without a batch, G as of uncorrelated samples"] if bool(block.shared) else []
+            note = "; ".join([block.rule.approximation, *low, *shared])
             rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", note, **costs))
-    return Coverage(tuple(rows))
+    return Coverage(tuple(rows), tuple(notes))

@@ -228,6 +228,8 @@ def test_groups_by_module_pattern() -> None:
         ({"rescale": "always"}, "rescale"),
         ({"ekfac": True}, "eigen"),
         ({"refresh_budget": 0}, "refresh_budget"),
+        ({"refresh_budget": "odd"}, "refresh_budget"),
+        ({"refresh_budget": "even", "inverse": "eigen", "ekfac": True}, "'even'"),
         ({"factor_interval": tc.AdaptiveInterval(), "refresh_budget": 1}, "AdaptiveInterval"),
         ({"fallback": "lion"}, "fallback"),
         ({"update_size": "big"}, "update_size"),

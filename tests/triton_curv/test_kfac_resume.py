@@ -36,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "neumann": {"inverse": "neumann"},
     "budget": {"refresh_budget": 1, "inverse_interval": 6},
     "ekfac-budget": {"inverse": "eigen", "ekfac": True, "refresh_budget": 2, "inverse_interval": 6},
+    "even": {"refresh_budget": "even", "factor_interval": 4, "inverse_interval": 4},
+    "even-apart": {"refresh_budget": "even", "fisher": "sampled"},
     "epoch": {"factor_interval": tc.EpochInterval(2), "inverse_interval": tc.EpochInterval(2)},
     "adaptive": {"factor_interval": tc.AdaptiveInterval(0.5), "factor_decay": 0.0},
     "adaptive-eigen": {"factor_interval": tc.AdaptiveInterval(0.5), "inverse": "eigen"},

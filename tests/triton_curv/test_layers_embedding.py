@@ -302,3 +302,61 @@ def test_the_bias_column_of_a_linear_layer_lies_in_the_last_block() -> None:
     whole = second_moment(with_ones(x))
     assert factors["A"].shape == (2, 3, 3)
     torch.testing.assert_close(factors["A"][1], whole[3:, 3:])
+
+
+class Positions(nn.Module):
+    """Tokens and positions, (T,) or (1, T), whose embedding is added to all samples; or (N, T), one for each."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__()
+        self.shape = shape
+        self.tokens, self.positions, self.head = nn.Embedding(6, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        if self.shape != "T":
+            places = places.expand(len(x) if self.shape == "NT" else 1, -1)
+        out: Tensor = self.head(torch.tanh(self.tokens(x) + self.positions(places)))
+        return out
+
+
+@pytest.mark.parametrize("shape", ["T", "1T"])
+@pytest.mark.parametrize("units", [None, 20])
+def test_positions_of_a_whole_batch_have_its_number_of_samples(shape: str, units: int | None) -> None:
+    """G = N sum over t of g_t g_t^T, g_t the gradient of the mean loss: of N uncorrelated samples, what theirs is."""
+    torch.manual_seed(0)
+    model = Positions(shape).double()
+    x, y = torch.randint(0, 6, (8, 5)), torch.randint(0, 3, (8, 5))
+    optimizer = kfac(model)
+    assert "fed without a batch" not in str(optimizer.explain())
+    if units is not None:
+        optimizer.count(units)
+    cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    gradients = model.positions.weight.grad
+    assert gradients is not None
+    factors = optimizer.blocks["positions"].factors()
+    torch.testing.assert_close(factors["G"], (units or 8) * gradients.T @ gradients, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(factors["A"], torch.full((5,), 0.2, dtype=torch.float64))
+    notes = {row.parameter: row.note for row in optimizer.explain().rows}
+    assert "fed without a batch" in notes["positions.weight"]
+    assert "fed without a batch" not in notes["tokens.weight"]
+
+
+def test_positions_of_a_whole_batch_estimate_those_of_its_samples() -> None:
+    """Of targets drawn from the model gradients are uncorrelated: both ways to feed positions agree on average."""
+    torch.manual_seed(0)
+    model = Positions("T").double()
+    traces = []
+    for shape in ("T", "NT"):
+        model.shape, total = shape, 0.0
+        for seed in range(60):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randint(0, 6, (16, 5), generator=generator)
+            with torch.no_grad():
+                y = torch.multinomial(model(x).flatten(0, 1).softmax(-1), 1, generator=generator)[:, 0]
+            optimizer = kfac(model)
+            cross_entropy(model(x).flatten(0, 1), y).backward()
+            total += float(optimizer.blocks["positions"].factors()["G"].trace())
+            optimizer.detach()
+        traces.append(total)
+    assert 0.85 < traces[0] / traces[1] < 1.15, traces

@@ -239,3 +239,40 @@ def test_count_speaks_of_one_step_only() -> None:
     assert traces[0] == pytest.approx(TIME * traces[1], rel=1e-12)
     with pytest.raises(tc.ConfigurationError, match="boolean"):
         optimizer.count(mask=torch.ones(4, TIME))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_that_fits_no_layer_is_an_error(compiled: bool) -> None:
+    model = linear_stack(True)
+    optimizer = kfac(model, lr=0.0)
+    forward = torch.compile(model, backend="eager") if compiled else model
+    x = torch.randn(4, TIME, 4, dtype=torch.float64)
+    mask = torch.ones(4, TIME, dtype=torch.bool)
+    for wrong in (mask[:, 1:], mask[:3], mask[..., None]):
+        optimizer.count(mask=wrong)
+        forward(x).square().mean().backward()
+        with pytest.raises(tc.ConfigurationError, match=r"fits none of \['0'"):
+            optimizer.step()
+        optimizer.zero_grad()
+        if compiled:  # what was traced is remembered
+            torch._dynamo.reset()
+            optimizer.detach()
+            optimizer = kfac(model, lr=0.0)
+    optimizer.count(mask=mask)
+    forward(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_mask_is_for_the_layers_that_have_its_positions() -> None:
+    """The head sees samples alone; a convolution uses no mask, so that one of its pixels says N alone."""
+    linear = nn.Linear(4, 4)
+    optimizer = kfac(nn.ModuleList([linear, head := nn.Linear(4, 2)]), lr=0.0)
+    optimizer.count(mask=torch.ones(5, TIME, dtype=torch.bool))
+    head(linear(torch.randn(5, TIME, 4)).mean(1)).sum().backward()
+    optimizer.step()
+    conv = nn.Conv2d(1, 2, 3)
+    optimizer = kfac(conv, lr=0.0)
+    optimizer.count(mask=torch.ones(5, 4, 4, dtype=torch.bool))
+    conv(torch.randn(5, 1, 6, 6)).mean().backward()
+    optimizer.step()
+    assert float(optimizer._store.samples) == 5 * 16

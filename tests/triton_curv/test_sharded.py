@@ -12,18 +12,19 @@ from tests.support.sharded import Case, difference, equality, single, unpacked
 TOLERANCE = 1e-12
 
 BARE = {"update_size": "none", "damping": 0.3, "lr": 0.01, "fallback": "sgd"}  # feels the length of the gradient
+EVEN = {"refresh_budget": "even", "factor_interval": 3, "inverse_interval": 3}
 EQUAL = [
     Case("ddp", options={"fisher": "exact"}),
     Case("none", sharding={"gather": "inverses"}, options={"inverse": "eigen"}),
     Case("fsdp", options={"inverse": "eigen", "update_size": "kl_clip"}),
     Case("hsdp"),
     Case("hsdp", options=BARE),
-    Case("fsdp"),
+    Case("fsdp", options=EVEN),
     Case("fsdp", options={**BARE, "rescale": "paper"}),
     Case("fsdp", sharding={"gather": "inverses"}, options={"update_size": "kl_clip"}),
     Case("fsdp", sharding={"grad_worker_fraction": 0.5}, options={"refresh_budget": 3}),
     Case("none"),
-    Case("ddp"),
+    Case("ddp", options=EVEN),
     Case("ddp", sharding={"gradients": "reduce_scatter"}, options=BARE),
     Case("none", sharding={"gather": "inverses"}, options={"reduction": "sum", "fallback": "sgd"}),
     Case("ddp", sharding={"grad_worker_fraction": 0.5, "collectives": "padded"}, options={"refresh_budget": 3}),

@@ -143,3 +143,19 @@ def test_one_pixel_kernels_are_products_of_rows() -> None:
     input, geometry = images(32, 64, 56, 56), PatchGeometry.of((56, 56), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
     launches = dry_launches("sm_90", lambda: launch_accumulate_patch_factor_(empty(1, 64, 64), input, geometry))
     assert launches[0].name == "_accumulate_kernel"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_one_pixel_kernels_read_other_layouts_in_place(arch: Arch) -> None:
+    """Pixels are neighbours there: loads are as wide as of neighbouring channels, and nothing is copied first."""
+    input, geometry = (
+        empty(32, 64, 56, 56, dtype=torch.bfloat16),
+        PatchGeometry.of((56, 56), (1, 1), (1, 1), (0,) * 4, (1, 1)),
+    )
+    launches = dry_launches(arch, lambda: launch_accumulate_patch_factor_(empty(1, 65, 65), input, geometry, ones=True))
+    assert [each.name for each in launches] == ["_pixels_kernel", "_finish_kernel"]
+    for each in map(report, launches):
+        assert each.spills == 0, each
+        assert each.fits_shared
+        assert each.counts["ATOM"] == each.counts["atomic"] == 0
+    assert arch == "gfx942" or report(launches[0]).counts["LDGSTS"] > 0

@@ -11,7 +11,7 @@ from torch.nn import MultiheadAttention, Parameter
 
 from triton_curv.blocks.options import LayerOptions
 from triton_curv.blocks.products import add_product_
-from triton_curv.blocks.rows import RowsSource, notes, rows_of, samples_first
+from triton_curv.blocks.rows import RowsSource, mask_fits, notes, rows_of, samples_first
 from triton_curv.blocks.rule import FactorShape, MaskedSource, Rule, Source, Uses
 from triton_curv.blocks.side import Side
 
@@ -43,7 +43,7 @@ class ProjectionPart(MaskedSource):
         """A += (samples / rows) a^T a and G += g^T g."""
         own = {key: total.unflatten(0, (len(ROLES), -1))[self.index] for key, total in sums.items()}
         rows = rows_of(inputs, grad_output, self.has_bias, self.options, self.mask)
-        samples, used = rows.uses
+        samples, used, _ = rows.uses
         if isinstance(used, Tensor):
             share = samples / used.to(torch.promote_types(rows.inputs.dtype, torch.float32))
             self.input_side.accumulate_(own, rows.inputs * share.sqrt(), rows.ones)
@@ -51,6 +51,10 @@ class ProjectionPart(MaskedSource):
             self.input_side.accumulate_(own, rows.inputs, rows.ones, samples / max(used, 1))
         self.output_side.accumulate_(own, rows.signal)
         return Uses(samples, samples) if self.index == 0 else Uses(0, 0)
+
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """Whether there is an input at each of its places."""
+        return mask_fits(mask, inputs, self.options)
 
     def masked(self, mask: Tensor) -> Source:
         """The same part with a mask."""

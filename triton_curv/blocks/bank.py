@@ -1,6 +1,6 @@
 """Storage of all factors: those of one size lie in one (batch, n, n) tensor, so that each operation is one call."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from triton_curv.blocks.inversion import invert_
 from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
+from triton_curv.blocks.samples import samples_of
 from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
@@ -99,7 +100,8 @@ class FactorStore:
 
     Vectors over blocks: `samples` in the last fold and `counts` since it, (blocks, 1 + USES): rows over all calls of
     the layer, and samples of its first, second, ... call in a forward, the largest of which is N: a layer called twice
-    sees its samples twice, and a call whose output is not used brings none. `units`, if `units_known`, is N of all.
+    sees its samples twice, and a call whose output is not used brings none. `shared` is 1 where a call serves a whole
+    batch: see `samples_of`. `units`, if `units_known`, is N of all.
     Vectors over factor matrices, in the order of the banks: `folds`, `shifts` of the last inversion, `failures` in a
     row, `rungs`, `residuals`, and `folded_traces`: tr M of the statistics that the last fold brought.
     """
@@ -120,6 +122,7 @@ class FactorStore:
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
         self.samples = torch.zeros(len(shapes), dtype=dtype, device=device)
+        self.shared = torch.zeros(len(shapes), dtype=dtype, device=device)
         self.units = torch.zeros(1, dtype=dtype, device=device)  # not 0-dim: graphs lose what they write to float64
         self.units_known = False
         self.products = ProductQueue()
@@ -227,6 +230,9 @@ class FactorStore:
         """Whether this rank has the factor's inverse."""
         return self.held is None or key in self.held.served
 
+    def _keys_of(self, blocks: Collection[int]) -> list[FactorKey]:
+        return [key for key in self.keys if key.block in blocks]
+
     def rows(self, key: FactorKey) -> slice:
         """The factor's place in vectors over factor matrices."""
         bank, place = self._places[key]
@@ -296,7 +302,7 @@ class FactorStore:
 
     def seen(self) -> Tensor:
         """Units N of each block since the last fold; 0 where its layer was not used."""
-        samples = self.counts[:, 1:].amax(1)
+        samples = samples_of(self.counts, self.shared, self.samples)
         return torch.where(samples > 0, self.units, 0.0) if self.units_known else samples
 
     def add_units(self, units: Tensor | float) -> None:
@@ -361,9 +367,13 @@ class FactorStore:
             part.copy_(part[:, order[:, None], order])
         return sums
 
-    def fold_(self, how: Normalisation, due: Tensor | None = None) -> None:
-        """Fold the pending sums into the averages and empty them."""
+    def fold_(self, how: Normalisation, due: Tensor | None = None, turn: Collection[int] | None = None) -> None:
+        """Fold the pending sums into the averages and empty them. `turn`: the blocks that have some; None: any."""
         traces = self.traces(sums=True)
+        if turn is not None:
+            pieces = {key: pack(self.sums_in_weight_order(key)) for key in self._keys_of(turn)}
+            self.fold_packed_(pieces, how, due, traces, turn)
+            return
         scale, weight = self.pending(how, due, traces)
         all_usable = known_true(weight > 0)
         for bank in self.banks:
@@ -374,7 +384,12 @@ class FactorStore:
         self._note_fold(weight, due, traces * scale)
 
     def fold_packed_(
-        self, sums: Mapping[FactorKey, Tensor], how: Normalisation, due: Tensor | None, traces: Tensor
+        self,
+        sums: Mapping[FactorKey, Tensor],
+        how: Normalisation,
+        due: Tensor | None,
+        traces: Tensor,
+        turn: Collection[int] | None = None,
     ) -> None:
         """`fold_` of sums over ranks: of the factors this rank owns, packed; `counts` and `traces` over ranks, too."""
         scale, weight = self.pending(how, due, traces)
@@ -384,7 +399,7 @@ class FactorStore:
             fresh = packed.view(-1, packed_size(bank.size)) * scale[rows, None]
             fresh.masked_fill_((weight[rows] == 0)[:, None], 0.0)
             self._average_(bank, place, fresh, weight[rows])
-        self._note_fold(weight, due, traces * scale)
+        self._note_fold(weight, due, traces * scale, turn)
 
     @staticmethod
     def _average_(bank: Bank, place: slice, fresh: Tensor, weight: Tensor) -> None:
@@ -396,7 +411,9 @@ class FactorStore:
             last.copy_(torch.where(folded, bank.averages[place], last))
         bank.averages[place].lerp_(fresh, weight[:, None])
 
-    def _note_fold(self, weight: Tensor, due: Tensor | None, traces: Tensor) -> None:
+    def _note_fold(
+        self, weight: Tensor, due: Tensor | None, traces: Tensor, turn: Collection[int] | None = None
+    ) -> None:
         """Count what was folded and what was discarded, note its traces, and empty the sums."""
         self.folded_traces.copy_(torch.where(weight > 0, traces, 0.0))
         samples = self.seen()
@@ -406,11 +423,11 @@ class FactorStore:
         self.discarded.add_((used & (weight == 0)).sum())
         self.folds.add_(weight > 0)
         self.samples.copy_(torch.where(samples > 0, samples, self.samples))
-        self.forget()
+        self.forget(turn)
 
-    def forget(self) -> None:
-        """Drop pending statistics."""
-        self._empty()
+    def forget(self, turn: Collection[int] | None = None) -> None:
+        """Drop pending statistics. `turn`: the blocks that have some; None: any."""
+        self._empty(turn)
         self.units.zero_()
         self.units_known = False
         self._stash = None
@@ -421,10 +438,11 @@ class FactorStore:
             self.units.copy_(torch.where((self.counts > 0).any(), keep, self.units))
             self._empty()
 
-    def _empty(self) -> None:
+    def _empty(self, turn: Collection[int] | None = None) -> None:
         self.products.clear()
-        for bank in self.banks:
-            bank.sums.zero_()
+        sums = [b.sums for b in self.banks] if turn is None else [self.view("sums", k) for k in self._keys_of(turn)]
+        for each in sums:
+            each.zero_()
         self.counts.zero_()
 
     def stash(self) -> None:

@@ -46,6 +46,7 @@ class Block:
         self.moments: Moments | None = None
         self.due = True  # whether the next backward pass is to give statistics of this block
         self.counts = store.counts[index]
+        self.shared = store.shared[index : index + 1]
         self.matrix_size = math.prod(rule.matrix_shape)
         self._averages = averages
         self._ensure_inverse = ensure_inverse
@@ -104,6 +105,8 @@ class Block:
         self.counts[0].add_(added.rows)
         if use < USES:
             self.counts[1 + use].add_(added.samples)
+        if added.shared:
+            self.shared.fill_(1.0)
         if self.moments is not None:
             self.moments.accumulate_(inputs, grad_output)
 

@@ -73,6 +73,10 @@ class ConvRule:
             return samples
         return min(samples, max(self.conv_samples, -(-ROWS_A_COLUMN * self.matrix_shape[2] * samples // rows)))
 
+    def share_taken(self, samples: int, rows: int) -> float:
+        """The part of a batch that A is taken from."""
+        return self._samples_taken(samples, rows) / samples if samples else 1.0
+
     @stage("factor A", payload=lambda rule, total, inputs, rows, scale: patch_cost(total, inputs, round(rows / scale)))
     def _accumulate_patches_(self, total: Tensor, inputs: Tensor, rows: int, scale: float) -> None:
         """A += scale patches^T patches; all samples together have `rows` of them for each group."""

@@ -5,11 +5,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from triton_curv.blocks.conv import ConvRule
 from triton_curv.blocks.conv_transpose import ConvTransposeRule
 from triton_curv.blocks.embedding import EmbeddingRule
 from triton_curv.blocks.rule import Rule
 from triton_curv.blocks.tied import TiedEmbeddingRule
 from triton_curv.costs import NOTHING, Cost, factor_cost, inverse_cost
+
+# FLOPs that take as long as one byte moved: of products, between 18 (H100, float32) and 120 (in TF32), about 100 on a
+# CPU core with rows in memory; of Cholesky inverses of some hundred rows on a CPU core
+FLOPS_A_BYTE = 64
+INVERSION_FLOPS_A_BYTE = 16
 
 
 class StatisticsCost(NamedTuple):
@@ -43,6 +49,24 @@ def statistics_cost(rule: Rule, inputs: Tensor, grad_output: Tensor) -> Statisti
         else:
             of_gradients += cost
     return StatisticsCost(of_inputs, of_gradients)
+
+
+def statistics_work(rule: Rule, inputs: Tensor, grad_output: Tensor) -> float:
+    """How long one call's statistics take, in bytes moved, to compare layers by; proportional to the batch size."""
+    rows = rows_of_call(rule, inputs, grad_output)
+    work = float(inputs.numel() * inputs.element_size() + grad_output.numel() * grad_output.element_size())
+    for name, shape in rule.factor_shapes.items():
+        counted = isinstance(rule, EmbeddingRule) and name[0] == "A"
+        taken = rule.share_taken(inputs.shape[0], rows) if isinstance(rule, ConvRule) and name[0] == "A" else 1.0
+        of_row = shape.batch * shape.size * (4 + (shape.size + 1) / FLOPS_A_BYTE)
+        work += taken * rows * (8 if counted else of_row)
+    return work
+
+
+def inversion_work(rule: Rule) -> float:
+    """How long renewing all inverses of a block takes, in the unit of `statistics_work`."""
+    cost = inversion_cost(rule)
+    return cost.bytes + cost.flops / INVERSION_FLOPS_A_BYTE
 
 
 def inversion_cost(rule: Rule) -> Cost:

@@ -23,6 +23,10 @@ class EmbeddingRule(RowsSource):
     Exactly `DenseRule` on one-hot vectors, without them: A is diagonal, and a row of the weight whose token did not
     occur has a zero gradient and a zero preconditioned gradient. Tokens equal to `padding_idx` take no part. G has one
     row for each token, as with `weight_sharing="expand"`.
+
+    Tokens (positions,) or (1, positions) beside a batch of N samples are those of all samples, and their gradients are
+    means over them. Then G = N E[g g^T] with the N of the other layers: what it would be of single samples, if their
+    gradients were uncorrelated.
     """
 
     def __init__(self, module: Embedding, params: Mapping[str, Parameter], options: LayerOptions | None = None) -> None:
@@ -39,6 +43,10 @@ class EmbeddingRule(RowsSource):
         self.approximation = "Kronecker, A the diagonal of token frequencies (exact)" + (
             f"; {self.output_side.note}" if self.output_side.note else ""
         )
+
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """Whether there is a token at each of its places."""
+        return mask.shape == inputs.shape
 
     def token_rows(self, inputs: Tensor, grad_output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (k,), their weights 0 or 1 (k,), and signals (k, width), zero where the weight has no gradient."""
@@ -64,7 +72,8 @@ class EmbeddingRule(RowsSource):
         weights = weights.to(sums["A"].dtype)
         sums["A"].view(-1).add_(one_hot_counts(tokens, weights, self.vocabulary))
         self.output_side.accumulate_(sums, signal)
-        return Uses(self.samples(inputs), weights.sum().clamp_min(1))
+        shared = inputs.dim() < 2 or self.samples(inputs) == 1
+        return Uses(self.samples(inputs), weights.sum().clamp_min(1), shared)
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """The weight (vocabulary, width), transposed."""

@@ -29,6 +29,11 @@ def samples_first(tensor: Tensor, batch_dim: int, features: int = 1) -> Tensor:
     return tensor.movedim(batch_dim, 0) if tensor.dim() > 1 + features else tensor
 
 
+def mask_fits(mask: Tensor, inputs: Tensor, options: LayerOptions) -> bool:
+    """Whether a mask (samples, positions...) belongs to inputs with features."""
+    return mask.shape == samples_first(inputs, options.batch_dim).shape[:-1]
+
+
 def rows_of(inputs: Tensor, signal: Tensor, ones: bool, options: LayerOptions, mask: Tensor | None) -> Rows:
     """Inputs and signals of one call, (samples, positions..., features), as `options.weight_sharing` counts rows.
 
@@ -79,6 +84,10 @@ class RowsSource(MaskedSource):
         self.input_side.accumulate_(sums, rows.inputs, rows.ones)
         self.output_side.accumulate_(sums, rows.signal)
         return rows.uses
+
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """Whether there is an input at each of its places."""
+        return mask_fits(mask, inputs, self.options)
 
     def masked(self, mask: Tensor) -> Source:
         """The same source with a mask."""

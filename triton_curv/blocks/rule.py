@@ -23,10 +23,14 @@ class FactorShape(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """Units (samples) that one call of a layer contributed, and what A is divided by: rows (samples x positions)."""
+    """Units (samples) that one call of a layer contributed, and what A is divided by: rows (samples x positions).
+
+    `shared`: the call had no samples of its own, its output served all of the batch.
+    """
 
     samples: int
     rows: int | Tensor
+    shared: bool = False
 
 
 class Source(Protocol):
@@ -38,6 +42,10 @@ class Source(Protocol):
 
 class MaskedSource(ABC):
     """A source whose inputs can hold positions that are padding: base class, since it is told apart from the others."""
+
+    @abstractmethod
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """Whether the mask has the shape of the inputs' positions; else it is ignored."""
 
     @abstractmethod
     def masked(self, mask: Tensor) -> Source:

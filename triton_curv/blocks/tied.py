@@ -51,7 +51,7 @@ class HeadUse(RowsSource):
     ) -> Uses:
         """A += (tr G) A', G += (tr A') diag G, count t, for A' = a^T a / rows."""
         rows = rows_of(inputs, grad_output, False, self.options, mask)
-        samples, used = rows.uses
+        samples, used, _ = rows.uses
         a, dtype = rows.inputs.to(sums["A"].dtype), sums["A"].dtype
         squares = torch.linalg.vector_norm(rows.signal, dim=0, dtype=dtype).square()
         trace_A, trace_G = a.square().sum() / used, squares.sum()
@@ -66,6 +66,10 @@ class EmbeddingUse(RowsSource):
 
     def __init__(self, rule: EmbeddingRule) -> None:
         self.rule = rule
+
+    def fits(self, mask: Tensor, inputs: Tensor) -> bool:
+        """As the embedding alone."""
+        return self.rule.fits(mask, inputs)
 
     def accumulate_masked_(
         self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, mask: Tensor | None

@@ -28,6 +28,12 @@ class AttentionTaps:
         """Tap a projection."""
         self.sites.setdefault(role, []).append(site)
 
+    @property
+    def on(self) -> bool:
+        """Whether one of them is to take statistics; in a graph all do."""
+        sites = (site for sites in self.sites.values() for site in sites)
+        return self.switch.enabled and (torch.compiler.is_compiling() or any(site.block.due for site in sites))
+
     def tapped(self, role: str, output: Tensor, inputs: Tensor, training: bool) -> Tensor:
         """The output of a projection with its taps."""
         if self.switch.enabled and output.requires_grad:
@@ -51,7 +57,7 @@ class TappedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """`attend` while taps are on, else torch's forward."""
-        on = [taps for taps in self.taps if taps.switch.enabled]
+        on = [taps for taps in self.taps if taps.on]
         if not on or not torch.is_grad_enabled():
             result: tuple[Tensor, Tensor | None] = type(self.module).forward(self.module, *args, **kwargs)
             return result

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
-from triton_curv.blocks import Block, Source
+from triton_curv.blocks import Block, MaskedSource, Source
+from triton_curv.blocks.cost import statistics_work
 
 
 class CallCounter:
@@ -68,6 +69,15 @@ def note_trace(switch: str) -> bool:
     return True
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def note_mask(switch: str, layer: str, fits: bool) -> bool:
+    """Whether the mask of `count` fits the positions of a layer; of graphs it is known when they are traced."""
+    _switches[switch].mask_fits |= fits
+    if not fits:
+        _switches[switch].misfits.add(layer)
+    return True
+
+
 class Watch(Protocol):
     """Is told of the taps of eager passes."""
 
@@ -82,7 +92,9 @@ class CaptureSwitch:
     """Whether forward passes are tapped; a plain attribute, so compiled models keep one graph for each state.
 
     `mask` tells the real positions of the coming forward, see `KFAC.count`. `recording` is read in backward: whether
-    this pass gives statistics; a compiled backward always does, which `traced` notes.
+    this pass gives statistics; a compiled backward always does, which `traced` notes. `meter`, if there is one, adds up
+    the work of each block's statistics, by its number. `misfits` are layers whose positions the mask does not fit,
+    `mask_fits` is whether it fits those of some layer.
     """
 
     def __init__(self, enabled: bool, records: bool = True, device: torch.device | None = None) -> None:
@@ -91,6 +103,7 @@ class CaptureSwitch:
         self.recording = records
         self.traced = False
         self.watch: Watch | None = None
+        self.meter: dict[int, float] | None = None
         # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.anchor_node = get_gradient_edge(self.anchor).node
@@ -102,6 +115,8 @@ class CaptureSwitch:
         self.enabled = enabled
         self.mask: Tensor | None = None
         self.counter.begin_step()
+        if not self.traced:
+            self.mask_fits, self.misfits = False, set[str]()
 
 
 _switches: WeakValueDictionary[str, CaptureSwitch] = WeakValueDictionary()
@@ -169,6 +184,9 @@ class _Tap(torch.autograd.Function):
             inputs, *rest = ctx.saved_tensors
             site, mask = ctx.site, rest[0] if rest else ctx.switch.mask
             site.block.accumulate_(inputs, grad_output, ctx.training, ctx.use, site.source, mask)
+            if ctx.switch.meter is not None:
+                work, index = statistics_work(site.block.rule, inputs, grad_output), site.block.index
+                ctx.switch.meter[index] = ctx.switch.meter.get(index, 0.0) + work
             if ctx.switch.watch is not None:
                 ctx.switch.watch.backward(site.block)
         return grad_output, None, None, None, None, None, None, None
@@ -182,6 +200,8 @@ def tap(output: Tensor, inputs: Tensor, site: Site, switch: CaptureSwitch, train
         return output  # what torch.func differentiates by is not this pass of training
     elif switch.watch is not None:
         switch.watch.forward(site.block)
+    if switch.mask is not None and isinstance(site.source, MaskedSource):
+        note_mask(switch.name, site.block.name, site.source.fits(switch.mask, inputs))
     use = next_use(switch.name, site.block.name) if site.counted else 0
     args = (output, inputs.detach(), switch.mask, switch.anchor, site, switch, training, use)
     tapped: Tensor = _Tap.apply(*args)  # type: ignore[no-untyped-call]  # torch's

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Normalisation
 from triton_curv.blocks.centre import centred_blocks, gradients_of_biases, means_of
+from triton_curv.blocks.cost import inversion_work
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.blocks.store_cost import fold_cost
 from triton_curv.capture import CaptureSwitch, attach_taps
@@ -21,8 +22,9 @@ from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
 from triton_curv.optimizers.regions import Folded, Lambdas, Regions
 from triton_curv.optimizers.traced import ALL, IDLE, Plan, register_store
+from triton_curv.optimizers.turns import PERIODS, Turns
 
-CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE}  # saved with the first parameter group
+CLOCK = {"next_fold": 0, "next_inverse": 0, "renewal": IDLE, **PERIODS}  # saved with the first parameter group
 
 
 class Curvature:
@@ -78,6 +80,12 @@ class Curvature:
         self.folded = Folded(self.moving, centred, options.loss_scale)
         self.turned = [block for block in self.blocks.values() if block.gains is not None]
         exchange.attach(self.store, self.switch)
+        inversions = [inversion_work(rule) for rule in rules.values()]
+        work = torch.zeros(len(rules), dtype=torch.float64, device=device)
+        self.turns = Turns(clock, options, work, inversions, regions.compiling is not None)
+        if self.turns.wanted:
+            self.switch.meter = {}
+        self.mixed = False  # whether blocks whose turn it is not may have pending statistics
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
@@ -187,10 +195,35 @@ class Curvature:
         if not self.all_seen:
             self.check_taps(self.exchange.seen(store, how), self.with_gradients())
         due = None if self.options.adaptive is None else self._due_rows(steps)
-        self.regions.fold(store, self.folded, how, due, self.exchange)
-        self.sampled = False
+        turn = self._turn()
+        if turn is None:
+            self.check_mask()
+        self.regions.fold(store, self.folded, how, due, self.exchange, turn)
+        self.sampled = self.mixed = False
         self.draws = 0
         self._ahead = 0.0
+        if self.turns.wanted:
+            self._weigh()
+
+    def _turn(self) -> frozenset[int] | None:
+        """The blocks that have pending statistics, if it is known that others have none."""
+        if self.options.adaptive is not None or self.mixed or self.switch.traced:
+            return None
+        turn = frozenset(block.index for block in self.blocks.values() if block.due)
+        return turn if len(turn) < len(self.blocks) else None
+
+    def _weigh(self) -> None:
+        """Note what is compiled and, once, what statistics of each block cost."""
+        traced, meter = self.switch.traced, self.switch.meter
+        if meter is not None:
+            work = [*(meter.get(index, 0.0) for index in range(len(self.blocks))), float(traced)]
+            *total, anywhere = self.exchange.everywhere(self.turns.work.new_tensor(work)).tolist()
+            traced = anywhere > 0
+            self.turns.work.copy_(self.turns.work.new_tensor(total))
+            self.turns.forget()
+            self.switch.meter = None if self.turns.known or traced else {}
+        if traced:
+            self.turns.note_compiled("model")
 
     def with_gradients(self) -> list[int]:
         """The blocks some parameter of which has a gradient."""
@@ -206,6 +239,14 @@ class Curvature:
                 "got no call"
             )
 
+    def check_mask(self) -> None:
+        """Raise ConfigurationError for a mask of `count` that fits no layer, where layers could use one."""
+        if self.switch.misfits and not self.switch.mask_fits:
+            raise ConfigurationError(
+                "expected a mask of the shape of the positions of some layer, (samples, positions), got one that fits "
+                f"none of {sorted(self.switch.misfits)}; to say N alone, count(mask.sum()) without a mask"
+            )
+
     def check_taps(self, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """A layer that has a gradient but whose tap saw nothing is an error, not a layer without curvature."""
         folds = [block.folds() > 0 for block in self.blocks.values()]
@@ -214,7 +255,7 @@ class Curvature:
         missed = [
             block.name
             for block, ok in zip(self.blocks.values(), seen, strict=True)
-            if not ok and block.index in with_gradients
+            if not ok and block.due and block.index in with_gradients
         ]
         if missed:
             raise NoStatisticsError(
@@ -231,13 +272,29 @@ class Curvature:
         due = torch.tensor(self._due(steps), device=self.store.key_of_row.device)
         return due[self.store.key_of_row]
 
+    def statistics_due(self, steps: int) -> bool:
+        """Whether statistics of some block are to be folded at a step."""
+        if steps >= self.clock["next_fold"] or not self.any_seen:
+            return True
+        return bool(self.turns.statistics(steps))
+
+    def capture(self, enabled: bool) -> None:
+        """Take statistics of all blocks until the next step decides again, or take none."""
+        self.mixed |= enabled
+        for block in self.blocks.values():
+            block.due = True
+        self.switch.begin_step(enabled)
+
     def renew_statistics(self, steps: int) -> None:
         """Region 1 and when it comes next; the adaptive rule also renews the inverses of what it has folded."""
-        self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
+        begins = steps >= self.clock["next_fold"] or not self.any_seen
         rule = self.options.adaptive
         if rule is None:
-            self.fold(steps)
+            self.fold(steps)  # may raise; then the step is still to be made
+            if begins:
+                self.turns.begin("fold", steps)
             return
+        self.turns.begin("fold", steps)
         due = self._due(steps)
         if not any(due):
             return
@@ -285,6 +342,13 @@ class Curvature:
 
     def renew_inverses(self, steps: int) -> None:
         """Region 2: all at once, or one part at a step until every inverse is new."""
+        turn = self.turns.inverses(steps) if self.inverted else None
+        if turn is not None:
+            if steps >= self.clock["next_inverse"]:
+                self.turns.begin("inverse", steps)
+            if turn:
+                self.invert([key for key in self.store.keys if key.block in turn])
+            return
         part = self.part_due(steps)
         if part != IDLE:
             self.note_renewal(steps, part)
@@ -307,8 +371,9 @@ class Curvature:
     def note(self, plan: Plan, steps: int, pending: Tensor, with_gradients: Sequence[int]) -> None:
         """What the host has to know and to check when a planned step runs as part of a graph."""
         self.monitor.watch()
+        self.turns.note_compiled("step")
         if plan.fold:
-            self.clock["next_fold"] = steps + self.options.steps_to_next_fold(steps)
+            self.turns.begin("fold", steps)
             if with_gradients:
                 self.check_sampled()
             if not self.all_seen:
@@ -327,16 +392,41 @@ class Curvature:
     def note_renewal(self, steps: int, part: int) -> None:
         """When the next part is due, and the next renewal."""
         if self.clock["renewal"] == IDLE:
-            self.clock["next_inverse"] = steps + self.options.steps_to_next_inverse(steps)
+            self.turns.begin("inverse", steps)
         if part != ALL:
             self.clock["renewal"] = part + 1 if part + 1 < len(self.parts) else IDLE
 
     # ---- between steps
 
+    def state_of(self, block: Block) -> dict[str, Tensor]:
+        """What is saved of a block: views of the buffers."""
+        store, found = self.store, dict[str, Tensor]()
+        for name, key in block.keys.items():
+            rows = store.rows(key)
+            found[name] = store.packed(key)
+            found[f"{name}_inverse"] = store.view("inverses", key)
+            found[f"{name}_failures"] = store.failures[rows]
+            found[f"{name}_folds"] = store.folds[rows]
+            found[f"{name}_shift"] = store.shifts[rows]
+            if store.has_spectra(key):
+                found[f"{name}_spectrum"] = store.view("spectra", key)
+            if self.options.adaptive is not None:
+                found[f"{name}_last"], found[f"{name}_before"] = store.packed(key, 1), store.packed(key, 2)
+                found[f"{name}_refresh"] = self.timers[store.keys.index(key)]
+        found["samples"] = store.samples[block.index]
+        if self.turns.wanted:
+            found["work"] = self.turns.work[block.index]
+        if block.moments is not None:
+            found["moments"], found["moments_folds"] = block.moments.averages, block.moments.folds
+        return found
+
     def wanted(self, steps: int) -> bool:
         """Whether the backward pass of a step is to give statistics; marks the blocks that are due."""
         if self.options.adaptive is None or not self.any_seen:
-            return steps >= self.clock["next_fold"] or not self.any_seen
+            turn = self.turns.statistics(steps) if self.any_seen else None
+            for block in self.blocks.values():
+                block.due = not turn or block.index in turn
+            return self.statistics_due(steps)
         due = due_blocks(self.store.keys, self._due(steps))
         for block in self.blocks.values():
             block.due = block.index in due
@@ -348,7 +438,10 @@ class Curvature:
         self.store.forms += 1
         if self.store.tolerance is None:  # the state may be of an optimizer that has low-rank forms
             self.store.stay_dense_()
-        self.sampled, self.draws = False, 0
+        self.sampled, self.draws, self.mixed = False, 0, False
+        self.turns.forget()
+        if self.turns.wanted:
+            self.switch.meter = None if self.turns.known or self.clock["compiled"] else {}
         for block in self.blocks.values():
             if block.moments is not None:
                 block.moments.sums.zero_()

@@ -1,6 +1,6 @@
 """Where the ranks of a distributed run tell one another something in a step; one rank alone has nothing to tell."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +40,13 @@ class Exchange(Protocol):
     def centres(self, gradients: Sequence[Tensor], counts: Tensor) -> tuple[list[Tensor], Tensor]:
         """Before a fold: gradients of some parameters and `counts`, a sum, as they are over all ranks."""
 
-    def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
-        """Fold the pending statistics of all ranks into the averages, where these are."""
+    def fold_(
+        self, store: FactorStore, how: Normalisation, due: Tensor | None, turn: Collection[int] | None = None
+    ) -> None:
+        """Fold the pending statistics of all ranks into the averages, where these are.
+
+        `turn`: the blocks that have some, the same on all ranks; None: any.
+        """
 
     def changes(self, store: FactorStore) -> Tensor:
         """`store.changes()` of all factors."""
@@ -75,6 +80,9 @@ class Exchange(Protocol):
 
     def mean(self, number: Tensor) -> Tensor:
         """Mean over ranks."""
+
+    def everywhere(self, numbers: Tensor) -> Tensor:
+        """Sum over all ranks of what each has done."""
 
     def agreed(self, fine: Tensor) -> Tensor:
         """Whether all ranks found the gradients of this step finite, ()."""
@@ -116,9 +124,11 @@ class Alone:
         """As they are."""
         return list(gradients), counts
 
-    def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
+    def fold_(
+        self, store: FactorStore, how: Normalisation, due: Tensor | None, turn: Collection[int] | None = None
+    ) -> None:
         """Here."""
-        store.fold_(how, due)
+        store.fold_(how, due, turn)
 
     def changes(self, store: FactorStore) -> Tensor:
         """All are here."""
@@ -169,6 +179,10 @@ class Alone:
     def mean(self, number: Tensor) -> Tensor:
         """That of one rank."""
         return number
+
+    def everywhere(self, numbers: Tensor) -> Tensor:
+        """Those of one rank."""
+        return numbers
 
     def agreed(self, fine: Tensor) -> Tensor:
         """As found."""

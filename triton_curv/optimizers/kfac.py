@@ -21,7 +21,7 @@ from triton_curv.optimizers.fallback import FALLBACKS, FallbackName, LooseGroup
 from triton_curv.optimizers.fisher import FisherName, Loss
 from triton_curv.optimizers.groups import check_hyper_parameters, param_groups_of, rules_of, warn_of_untrained
 from triton_curv.optimizers.hyper import HyperParameters, OfModel, values_of
-from triton_curv.optimizers.kfac_options import KFACOptions, Reduction, Rescale, UpdateSize
+from triton_curv.optimizers.kfac_options import Even, KFACOptions, Reduction, Rescale, UpdateSize
 from triton_curv.optimizers.regions import Regions, fold_, refresh_
 from triton_curv.optimizers.state import load_state_in_place
 from triton_curv.optimizers.traced import ALL, IDLE, Plan, begin_step_, register, require_gradients, stay_traceable
@@ -72,8 +72,10 @@ class KFAC(Rebuilt):
             which renews its inverse at once. Default: `GrowingInterval(20)`, at steps 0, 1, 2, 4, 8, 16, 32, then every
             20: curvature moves fastest at the start, where one batch tells little of it.
         inverse_interval: steps between renewals of the inverses, or a schedule; as above.
-        refresh_budget: at most so many factors are inverted in one step, the others in the next ones; None: all. Steps
-            that take statistics stay longer; with factor_interval=1 all steps cost about the same.
+        refresh_budget: "even": layers take turns in an interval, of about equal work, with statistics and inverses:
+            no step has all of it. Under a compiled model, whose taps are on or off together, and with sampled and
+            exact Fisher, inverses alone take turns; in compiled steps nothing does (`explain()` says so). A number:
+            statistics of all layers in one step, at most so many factors inverted in each. None: all at once.
         inverse: "cholesky"; "eigen", which damps exactly, (s_G s_A + lambda)^-1 in the eigenbasis of G (x) A;
             "neumann", products alone, started from the last inverse (`damped_inverse_`); "low_rank": of factors with
             256 rows or more the directions that stand out, the others at their mean (`blocks.low_rank`), where that
@@ -146,7 +148,7 @@ class KFAC(Rebuilt):
         factor_decay: float = 0.95,
         factor_interval: int | RefreshSchedule | AdaptiveInterval = GROWING,
         inverse_interval: int | RefreshSchedule = GROWING,
-        refresh_budget: int | None = None,
+        refresh_budget: int | Even | None = None,
         inverse: InverseName = "auto",
         inverse_tolerance: float = 1.0,
         ekfac: bool = False,
@@ -251,29 +253,13 @@ class KFAC(Rebuilt):
 
     def _init_state(self) -> None:
         """All state exists from here on; tensors are views of the buffers that the step works on."""
-        curvature, store = self._curvature, self._store
+        curvature = self._curvature
         of_model = {"events": curvature.events, "damping_gain": curvature.damping_gain}
         for matrices in self._matrices:
             for row in matrices.rows:
                 for part in row.parts:
                     self.state[part.param] = {"momentum_buffer": like(part.momentum, part.param)}
-                first = self.state[row.parts[0].param]
-                for name, key in row.block.keys.items():
-                    rows = store.rows(key)
-                    first[name] = store.packed(key)
-                    first[f"{name}_inverse"] = store.view("inverses", key)
-                    first[f"{name}_failures"] = store.failures[rows]
-                    first[f"{name}_folds"] = store.folds[rows]
-                    first[f"{name}_shift"] = store.shifts[rows]
-                    if store.has_spectra(key):
-                        first[f"{name}_spectrum"] = store.view("spectra", key)
-                    if self.options.adaptive is not None:
-                        first[f"{name}_last"], first[f"{name}_before"] = store.packed(key, 1), store.packed(key, 2)
-                        first[f"{name}_refresh"] = curvature.timers[store.keys.index(key)]
-                first["samples"] = store.samples[row.block.index]
-                if row.block.moments is not None:
-                    first["moments"], first["moments_folds"] = row.block.moments.averages, row.block.moments.folds
-                first.update(of_model)
+                self.state[row.parts[0].param].update({**curvature.state_of(row.block), **of_model})
                 of_model = {}
         self._loose, rule = list[LooseGroup](), FALLBACKS[self.options.fallback]
         for group in self.param_groups[len(self._matrices) :]:
@@ -322,6 +308,7 @@ class KFAC(Rebuilt):
                 whose patches mix positions, don't.
 
         On steps without statistics it does nothing. `zero_grad()` forgets it together with statistics that it drops.
+        `step()` raises ConfigurationError if a mask fits none of the layers that could use it.
 
         """
         self._curvature.count(units, mask)
@@ -393,7 +380,7 @@ class KFAC(Rebuilt):
     def _take_step(self, steps: int, evaluate: Evaluate | None) -> None:
         curvature = self._curvature
         self._exchange.gradients_(self._params)
-        if steps >= self.param_groups[0]["next_fold"] or not curvature.any_seen:
+        if curvature.statistics_due(steps):
             warn_of_untrained(self._names, self._params)
             curvature.renew_statistics(steps)
         if curvature.any_seen:
@@ -412,7 +399,7 @@ class KFAC(Rebuilt):
         for group in self.param_groups:
             group["step"] = steps
         self._switch.mask = None
-        self.capture(self._curvature.wanted(steps))
+        self._switch.begin_step(self._curvature.wanted(steps))
         self._plan = self._curvature.plan(steps)
 
     def _traced_step(self, closure: object, evaluate: object) -> None:
@@ -477,7 +464,7 @@ class KFAC(Rebuilt):
 
     def capture(self, enabled: bool) -> None:
         """Take statistics in the coming backward passes, or take none, until the next `step()` decides again."""
-        self._switch.begin_step(enabled)
+        self._curvature.capture(enabled)
 
     def detach(self) -> None:
         """Take the taps off the model; the optimizer can't step with fresh curvature afterwards."""
@@ -487,8 +474,9 @@ class KFAC(Rebuilt):
 
     def explain(self) -> Coverage:
         """Which parameter is trained how, and why: printable, one row for each parameter."""
-        sent = self._exchange.bytes_sent()
-        return coverage_of(self.blocks, self.param_groups, self._names, self._reasons, self.options.fallback, sent)
+        sent, notes = self._exchange.bytes_sent(), self._curvature.turns.notes()
+        groups, fallback = self.param_groups, self.options.fallback
+        return coverage_of(self.blocks, groups, self._names, self._reasons, fallback, sent, notes)
 
     def health(self) -> dict[str, dict[str, Any]]:
         """Per block: residual of the last inverses, failed tries in a row, rung of the ladder, ranks of low-rank forms.

@@ -19,6 +19,7 @@ from triton_curv.schedules import GROWING, AdaptiveInterval, FixedInterval, Refr
 UpdateSize = Literal["matched", "rms", "kl_clip", "none"]
 Reduction = Literal["mean", "sum"]
 Rescale = Literal["none", "paper", "code"]
+Even = Literal["even"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class KFACOptions:
     factor_decay: float = 0.95
     factor_interval: int | RefreshSchedule | AdaptiveInterval = GROWING
     inverse_interval: int | RefreshSchedule = GROWING
-    refresh_budget: int | None = None
+    refresh_budget: int | Even | None = None
     damping_rule: DampingRule = field(default_factory=ConstantDamping)
     rescale: Rescale = "none"
     reduction: Reduction = "mean"
@@ -54,9 +55,10 @@ class KFACOptions:
         choose("rescale", self.rescale, get_args(Rescale))
         choose("reduction", self.reduction, get_args(Reduction))
         intervals = [i for i in (self.factor_interval, self.inverse_interval) if isinstance(i, int)]
-        if any(i < 1 for i in intervals) or (self.refresh_budget is not None and self.refresh_budget < 1):
+        budget = self.refresh_budget
+        if any(i < 1 for i in intervals) or (budget < 1 if isinstance(budget, int) else budget not in (None, "even")):
             raise ConfigurationError(
-                "expected intervals of at least 1 step and a refresh_budget of at least 1 factor, got "
+                "expected intervals of at least 1 step and a refresh_budget of at least 1 factor, 'even' or None, got "
                 f"{self.factor_interval=}, {self.inverse_interval=}, {self.refresh_budget=}"
             )
         if not 0 <= self.factor_decay < 1 or not self.kl_clip > 0 or not self.loss_scale > 0:
@@ -70,6 +72,11 @@ class KFACOptions:
             raise ConfigurationError(f"expected fisher='empirical' with centred=True, got {self.fisher!r}")
         if self.ekfac and self.inverse != "eigen":
             raise ConfigurationError(f"expected inverse='eigen' with ekfac=True, got {self.inverse!r}")
+        if self.ekfac and budget == "even":
+            raise ConfigurationError(
+                "expected a number or None as refresh_budget with ekfac=True, which takes statistics after each change "
+                "of basis, got 'even'"
+            )
         if self.adaptive is not None and (self.ekfac or self.refresh_budget is not None):
             raise ConfigurationError(
                 "expected no ekfac and no refresh_budget with an AdaptiveInterval, which renews each inverse with its "
@@ -115,9 +122,9 @@ class KFACOptions:
         return Normalisation(self.factor_decay, 1.0, summed=True)
 
 
-def refresh_parts(store: FactorStore, budget: int | None) -> list[list[FactorKey]]:
+def refresh_parts(store: FactorStore, budget: int | Even | None) -> list[list[FactorKey]]:
     """The factors in parts of at most `budget`, of about equal work (n^3): one part is inverted in one step."""
-    if budget is None:
+    if not isinstance(budget, int):
         return [list(store.keys)]
     work = {key: len(view) * view.shape[-1] ** 3 for key in store.keys for view in [store.view("sums", key)]}
     parts: list[list[FactorKey]] = [[] for _ in range(-(-len(store.keys) // budget))]

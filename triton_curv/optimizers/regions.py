@@ -3,7 +3,7 @@
 Functions of tensors without a look at any value: each compiles as one graph and can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -54,8 +54,14 @@ def fold_(
     how: Normalisation,
     due: Tensor | None,
     exchange: Exchange,
+    turn: Collection[int] | None = None,
 ) -> None:
-    """Fold pending statistics into the moving averages, second moments included, and centre G."""
+    """Fold pending statistics into the moving averages, second moments included, and centre G.
+
+    `turn`: the blocks that have some; None: any.
+    """
+    if turn is not None:
+        folded = folded._replace(centred=[block for block in folded.centred if block.index in turn])
     means: dict[FactorKey, Mean] = {}
     before, moving = store.folds, folded.moving
     if folded.centred:
@@ -71,7 +77,7 @@ def fold_(
             rows = store.rows(block.keys["G"])
             block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
             block.renew_gains_()
-    exchange.fold_(store, how, due)
+    exchange.fold_(store, how, due, turn)
     centre_(store, means, before, how.decay)
 
 

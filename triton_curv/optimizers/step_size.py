@@ -80,8 +80,9 @@ def rescale_(
         return
     tensors = [w for w, _ in weights]
     norms = whole_norms(torch.stack(torch._foreach_norm(tensors)))
-    lengths = torch.tensor([(2.0 * d) ** 0.5 for _, d in weights], dtype=norms.dtype, device=norms.device)
-    factors = lengths / (norms + RESCALE_EPS)
+    inverse = (norms + RESCALE_EPS).reciprocal().unbind()
+    # lengths as numbers: a tensor of them would be copied to a GPU at each step, and waited for
+    factors = torch.stack(torch._foreach_mul(inverse, [(2.0 * d) ** 0.5 for _, d in weights]))
     if how == "code":
         factors = factors.clamp_max(1.0)
     torch._foreach_mul_(tensors, list(torch.where(happens, factors, 1.0).unbind()))

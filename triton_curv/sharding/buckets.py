@@ -1,6 +1,7 @@
 """Contiguous buffers for collectives: which piece of which layer lies where, rank by rank."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -46,6 +47,14 @@ class Bucket:
         start = sum(self.splits[:rank])
         stop = start + self.splits[rank]
         return tuple(piece for piece in self.pieces if start <= piece.offset < stop)
+
+    def of_layers(self, layers: Collection[int]) -> "Bucket":
+        """The pieces of some layers, closed up."""
+        stops = list(accumulate(self.splits))
+        kept = [piece for piece in self.pieces if piece.layer in layers]
+        return bucket_of(
+            ((bisect_right(stops, p.offset), p.layer, p.name, p.length) for p in kept if p.length), len(stops)
+        )
 
     def padded_offset(self, piece: Piece) -> int:
         """Where a piece lies once each share is padded to `share`."""

@@ -1,6 +1,6 @@
 """Statistics of all ranks become those of one batch: each factor's sum goes to the rank that owns it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
+from triton_curv.blocks.samples import samples_of
 from triton_curv.nvtx import stage
 from triton_curv.packing import pack
 from triton_curv.sharding.buckets import Bucket
@@ -25,13 +26,13 @@ class Totals(NamedTuple):
     stale: Tensor
 
 
-def signal_weights(store: FactorStore, how: Normalisation) -> tuple[Tensor, Tensor]:
+def signal_weights(store: FactorStore, how: Normalisation, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Units n of this rank for each block, and n^2: what makes sums of g g^T for a mean loss those of a summed one.
 
     A rank's gradients are those of the mean over its own n units; of the mean over all N = sum n they are N/n times
     too large. With n^2 the sums over ranks are those of the summed loss of all.
     """
-    units = store.units.expand_as(store.samples) if store.units_known else store.counts[:, 1:].amax(1)
+    units = store.units.expand_as(store.samples) if store.units_known else samples
     return units, torch.ones_like(units) if how.summed else units.square()
 
 
@@ -119,8 +120,8 @@ class StatisticsExchange:
     def totals(self, how: Normalisation) -> tuple[Totals, Tensor]:
         """Counts and traces over all ranks by one all-reduce, and the scale of this rank's sums for each row."""
         store = self.store
-        units, squares = signal_weights(store, how)
-        samples = store.counts[:, 1:].amax(1)
+        samples = samples_of(store.counts, store.shared, store.samples, self.channels.everyone.size)
+        units, squares = signal_weights(store, how, samples)
         weights = torch.where(store.is_input, 1.0, squares[store.owner])
         traces = store.traces(sums=True) * weights
         stale = store.samples.new_tensor([float(self._stale)])
@@ -132,28 +133,38 @@ class StatisticsExchange:
         counts[:, 0], counts[:, 1] = rows, torch.where(samples > 0, units, 0.0)
         return Totals(counts, traces[self._order], stale), weights
 
-    def fold(self, how: Normalisation, due: Tensor | None) -> None:
-        """`store.fold_` of the sums over all ranks."""
+    def _of_turn(self, buckets: Sequence[Bucket], turn: Collection[int]) -> tuple[Bucket, ...]:
+        """What the layers of a turn have in some buckets; empty ones left out."""
+        parts = [bucket.of_layers(turn) for bucket in buckets]
+        return tuple(part for part in parts if part.length)
+
+    def fold(self, how: Normalisation, due: Tensor | None, turn: Collection[int] | None = None) -> None:
+        """`store.fold_` of the sums over all ranks. Of a `turn`, buckets that left early hold its layers alone."""
         store = self.store
         totals, weights = self.totals(how)
         if self._may_send is not None and bool(totals.stale > 0):
             for pending in self._sent:
                 pending.wait()
             self._sent = []
+        ahead = len(self._sent)
+        buckets_A, buckets_G = self.buckets_A[ahead:], self.buckets_G
+        if turn is not None:
+            buckets_A, buckets_G = self._of_turn(buckets_A, turn), self._of_turn(buckets_G, turn)
         on_wire = wire_scales(store, totals.traces, self.wire)
         of_A = on_wire if self.wire == torch.float16 else None
-        for bucket in self.buckets_A[len(self._sent) :]:
+        for bucket in buckets_A:
             buffer = pack_bucket(store, bucket, of_A)
             self._sent.append(self.channels.early.reduce_scatter(buffer, bucket.splits))
-        for bucket in self.buckets_G:
+        for bucket in buckets_G:
             buffer = pack_bucket(store, bucket, weights * on_wire)
             self._sent.append(self.channels.replica.reduce_scatter(buffer, bucket.splits))
         received: dict[FactorKey, Tensor] = {}
-        for bucket, pending in zip((*self.buckets_A, *self.buckets_G), self._sent, strict=True):
+        buckets = (*self.buckets_A[:ahead], *buckets_A, *buckets_G)
+        for bucket, pending in zip(buckets, self._sent, strict=True):
             self._unpack(bucket, self._over_replicas(pending), received, on_wire)
         store.counts.copy_(totals.counts)
         store.units_known = False
-        store.fold_packed_(received, how._replace(summed=True), due, totals.traces)
+        store.fold_packed_(received, how._replace(summed=True), due, totals.traces, turn)
         self.forget()
 
     @stage("reduce-scatter")  # the wait for one that was started

@@ -1,7 +1,7 @@
 """The ranks that train one model with K-FAC: what each step asks of them (arXiv 1811.12019 section 4)."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -222,6 +222,10 @@ class Team:
         """Over all ranks."""
         return self.channels.everyone.all_reduce(number).wait() / self.world
 
+    def everywhere(self, numbers: Tensor) -> Tensor:
+        """One all-reduce."""
+        return self.channels.everyone.all_reduce(numbers).wait()
+
     def agreed(self, fine: Tensor) -> Tensor:
         """All ranks have looked at the same numbers."""
         return fine
@@ -245,9 +249,11 @@ class Team:
         parts = (rest if summed else rest / self.world).split([g.numel() for g in gradients])
         return [part.view_as(g) for part, g in zip(parts, gradients, strict=True)], counts
 
-    def fold_(self, store: FactorStore, how: Normalisation, due: Tensor | None) -> None:
+    def fold_(
+        self, store: FactorStore, how: Normalisation, due: Tensor | None, turn: Collection[int] | None = None
+    ) -> None:
         """Reduce-scatter of packed triangles, then `store.fold_` of this rank's share."""
-        self.statistics.fold(how, due)
+        self.statistics.fold(how, due, turn)
 
     def changes(self, store: FactorStore) -> Tensor:
         """Each rank knows those of its own factors, the others are infinite."""

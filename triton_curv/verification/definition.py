@@ -64,7 +64,11 @@ def define(rule: Rule, users: Sequence[nn.Module], calls: Calls) -> Definition |
         uses += [of_rows([head], samples, diagonal="G") for head in heads]
         return _definition(of_shared_tokens(uses))
     if isinstance(rule.module, nn.Embedding) and layer_kind(rule.module) is nn.Embedding and is_ours(rule):
-        return _definition(of_tokens(rule.module, [call for _, call in seen], samples))
+        of_batch = of_tokens(rule.module, [call for _, call in seen], samples)
+        if seen[0][1].inputs.dim() < 2 or samples == 1:  # served a whole batch: N is that of the other layers
+            others = [len(call.inputs) for (layer, _), own in calls.items() if layer is not rule.module for call in own]
+            of_batch = replace(of_batch, G=of_batch.G * max(others, default=samples) / samples)
+        return _definition(of_batch)
     rows = [_rows_of(layer, rule, call) for layer, call in seen]
     whole = [r for r in rows if isinstance(r, Rows)]
     if len(whole) < len(rows):
