@@ -37,7 +37,7 @@ class Graphs(Generic[T]):
     def __init__(self, function: Callable[..., T], arguments: Mapping[str, Any]) -> None:
         chosen = not {"backend", "mode", "options"}.isdisjoint(arguments)
         options = {} if chosen else {"options": dict(OPTIONS)}
-        copied = _copied(function)
+        copied = with_own_code(function)
         self._compiled: Callable[..., T] = torch.compile(copied, **{**options, **arguments})
         reset_code = torch._dynamo.reset_code  # type: ignore[attr-defined]  # a re-export
         weakref.finalize(self, reset_code, copied.__code__).atexit = False
@@ -61,7 +61,7 @@ class Graphs(Generic[T]):
             torch._dynamo.mark_static_address(tensor, guard=True)
 
 
-def _copied(function: Callable[..., Any]) -> FunctionType:
-    """The function with a code object of its own."""
+def with_own_code(function: Callable[..., Any]) -> FunctionType:
+    """The function with a code object of its own, to which torch.compile ties its graphs."""
     of = cast("FunctionType", function)
     return FunctionType(of.__code__.replace(), of.__globals__, of.__name__, of.__defaults__, of.__closure__)

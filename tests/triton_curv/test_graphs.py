@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import triton_curv as tc
 from triton_curv.graphs import Graphs
+from triton_curv.training.step_bench import apart
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +121,23 @@ def test_hooks_run_once_and_the_profiler_sees_steps(name: str, compiling: Any) -
     assert len(seen) == 3
     ranges = [event for event in profile.events() if event.name == f"Optimizer.step#{type(optimizer).__name__}.step"]
     assert len(ranges) == 1
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_models_of_a_class_have_graphs_apart(isolated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    if not isolated:
+        whole = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, *, backend: whole(function, backend=backend))
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    compiled = [apart(model, backend=backend) for model in models]
+    x = torch.randn(4, 3)
+    for call, model in [*zip(compiled, models, strict=True)] * 2:
+        torch.testing.assert_close(call(x), model(x))
+    assert graphs == 2

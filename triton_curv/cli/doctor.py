@@ -20,7 +20,7 @@ from torch._inductor.utils import fresh_cache
 import triton_curv as tc
 from triton_curv.cli import BAD_INPUT
 from triton_curv.training.environment import hardware, versions
-from triton_curv.training.step_bench import APART
+from triton_curv.training.step_bench import apart
 from triton_curv_autotune.entry import Measurement, new_entry, provenance_now
 from triton_curv_autotune.key import environment
 from triton_curv_autotune.registry import get_op
@@ -95,7 +95,7 @@ def _trained(compiled: bool) -> tuple[tc.KFAC, list[torch.Tensor]]:
         model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         inputs = [torch.randn(8, 4) for _ in range(2)]
     optimizer = tc.KFAC(model, compile=compiled)
-    forward = torch.compile(model, **{**APART, "fullgraph": True}) if compiled else model
+    forward = apart(model, fullgraph=True) if compiled else model
     for x in inputs:
         forward(x).square().mean().backward()
         optimizer.step()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from triton_curv.graphs import with_own_code
 from triton_curv.optimizers.kfac import KFAC
 from triton_curv.optimizers.neumann import Neumann
 from triton_curv.optimizers.newton_cg import NewtonCG
@@ -22,9 +24,23 @@ from triton_curv.training.timing import one_thread
 NAMES = ("sgd", "adamw", "muon", "neumann", "kfac", "newton-cg", "sgn")
 BY_CLOSURE = ("newton-cg", "sgn")  # they run the passes themselves, some dozens in a step
 WARM_UP = 8  # steps before the first block: statistics, inverses and every graph come in them
-# torch would take the graph of another model of the class, without taps, for one with taps
-APART: Mapping[str, Any] = {"isolate_recompiles": True}
 Action = Callable[[], object]
+T = TypeVar("T")
+
+
+def apart(function: Callable[..., T], **arguments: Any) -> Callable[..., T]:
+    """`torch.compile(function)` with graphs that no other model of the class, one without taps, say, takes for its own.
+
+    `isolate_recompiles=True` where torch has it (2.13; not 2.11). Before, a caller with code of its own has the graphs.
+    """
+    if "isolate_recompiles" in signature(torch.compile).parameters:
+        arguments["isolate_recompiles"] = True
+        return cast("Callable[..., T]", torch.compile(function, **arguments))
+
+    def call(*args: Any) -> T:
+        return function(*args)
+
+    return cast("Callable[..., T]", torch.compile(with_own_code(call), **arguments))
 
 
 class StepTime(NamedTuple):
@@ -77,7 +93,7 @@ def update_of(name: str, model: nn.Module, lr: float, compiled: bool) -> Action:
         optimizers = [torch.optim.AdamW(params, lr=lr, **kind)]
     else:
         optimizers = [torch.optim.SGD(params, lr=lr, momentum=0.9, foreach=True)]
-    steps = [torch.compile(each.step, **APART) if compiled else each.step for each in optimizers]
+    steps = [apart(each.step) if compiled else each.step for each in optimizers]
 
     def take() -> None:
         for step in steps:
@@ -101,7 +117,7 @@ def run_of(scenario: Scenario, name: str, compiled: bool, block: int, x: Tensor,
 
         return Run(lambda: None, lambda: optimizer.step(closure), max(1, block // 20))
     update = update_of(name, model, 1e-4, compiled)
-    forward = cast("Callable[..., Tensor]", torch.compile(model, **APART) if compiled else model)
+    forward = apart(cast("Callable[..., Tensor]", model)) if compiled else model
 
     def passes() -> None:
         for p in model.parameters():
