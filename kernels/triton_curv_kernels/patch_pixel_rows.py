@@ -127,7 +127,7 @@ def launch_pixels_(
     chosen = choose_once("accumulate_factor_", ("pixels", *call), lambda: problem, default_config)
     config = within_memory(chosen, problem)
     if (matrix := pixel_matrix(input, geometry, groups)) is not None:
-        launch_accumulate_factor_(factor[0], matrix, alpha, beta, ones, config)
+        launch_accumulate_factor_(factor.select(0, 0), matrix, alpha, beta, ones, config)
         return
     rows, block, n = pixel_rows(input, geometry), config.BLOCK_N, problem.n
     programs, count = programs_of(config, problem), prod(rows.sizes[:3])

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.decorators import maybe_mark_dynamic
 
 from tests.support.offline import TracedKernels, traced_kernels
 from triton_curv_kernels import factor as factor_file
 from triton_curv_kernels.backend import VARIABLE
 from triton_curv_kernels.factor import FactorConfig, accumulate_factor_
 from triton_curv_kernels.momentum import momentum_update_
+from triton_curv_kernels.patch import accumulate_patch_factor_
 from triton_curv_kernels.symmetric import pack_symmetric, unpack_symmetric
 
 ops = torch.ops.triton_curv
@@ -157,3 +159,19 @@ def test_no_op_changes_an_argument_that_may_be_left_out() -> None:
     changed = [(s.name, a) for s in schemas for a in s.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert len(changed) >= 12
     assert [(name, a.name) for name, a in changed if a.has_default_value() or "Optional" in str(a.type)] == []
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_patch_factors_trace_with_a_batch_that_may_change(kernel_size: int, layout: torch.memory_format) -> None:
+    def accumulate(factor: Tensor, images: Tensor) -> None:
+        accumulate_patch_factor_(factor, images, kernel_size, padding=kernel_size // 2)
+
+    def make() -> list[Tensor]:
+        images = torch.empty(6, 16, 12, 12, device="cuda").to(memory_format=layout)
+        maybe_mark_dynamic(images, 0)  # as torch marks what has had two sizes
+        return [torch.empty(1, 16 * kernel_size**2, 16 * kernel_size**2, device="cuda"), images]
+
+    traced = traced_kernels(accumulate, make)
+    assert traced.inlined
+    assert not traced.opaque
