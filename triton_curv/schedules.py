@@ -39,7 +39,7 @@ class GrowingInterval:
     Curvature moves fastest at the start of training (arXiv 1811.12019 section 5), where one batch tells little of it.
     """
 
-    most: int = 20
+    most: int = 32
 
     def __post_init__(self) -> None:
         if self.most < 1:

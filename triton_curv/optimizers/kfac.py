@@ -69,8 +69,8 @@ class KFAC(Rebuilt):
 
     Args, how often and how curvature is inverted:
         factor_interval: steps between statistics, an `EpochInterval`, or an `AdaptiveInterval` for each statistic,
-            which renews its inverse at once. Default: `GrowingInterval(20)`, at steps 0, 1, 2, 4, 8, 16, 32, then every
-            20: curvature moves fastest at the start, where one batch tells little of it.
+            which renews its inverse at once. Default: `GrowingInterval(32)`, at steps 0, 1, 2, 4, 8, 16, 32, then every
+            32: curvature moves fastest at the start, where one batch tells little of it.
         inverse_interval: steps between renewals of the inverses, or a schedule; as above.
         refresh_budget: "even": layers take turns in an interval, of about equal work, with statistics and inverses:
             no step has all of it. Under a compiled model, whose taps are on or off together, and with sampled and
@@ -150,7 +150,7 @@ class KFAC(Rebuilt):
         inverse_interval: int | RefreshSchedule = GROWING,
         refresh_budget: int | Even | None = None,
         inverse: InverseName = "auto",
-        inverse_tolerance: float = 1.0,
+        inverse_tolerance: float = 2.0,
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
         weight_sharing: WeightSharing = "expand",
