@@ -122,6 +122,8 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
         "PYTHONUNBUFFERED": "1",
         "TRITON_CURV_CACHE_DIR": store,
     }
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; the part would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
         command = part.command(out, seconds)
         process = subprocess.Popen(

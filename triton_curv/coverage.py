@@ -125,7 +125,8 @@ def coverage_of(
                     ),
                 }
             low = [f"{name}^-1 of rank {rank}" for name, rank in ranks.items()]
-            shared = ["fed without a batch, G as of uncorrelated samples"] if bool(block.shared) else []
+            known = block.shared.device.type != "meta" and bool(block.shared)
+            shared = ["fed without a batch, G as of uncorrelated samples"] if known else []
             note = "; ".join([block.rule.approximation, *low, *shared])
             rows.append(CoverageRow(names[p], tuple(p.shape), "kfac", note, **costs))
     return Coverage(tuple(rows), tuple(notes))

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_curv_kernels.backend import device_limits, wrap_triton
+from triton_curv_kernels.backend import device_limits, on_own_device, wrap_triton
 from triton_curv_kernels.choice import choose_once, with_hints
 from triton_curv_kernels.factor import _finish_kernel, compiled_precision, launch_accumulate_factor_
 from triton_curv_kernels.factor_config import SPLITS, FactorConfig, FactorProblem, default_config
@@ -117,14 +117,15 @@ def _duration(problem: FactorProblem) -> Callable[[FactorConfig], float]:
     return of
 
 
+@on_own_device
 def launch_pixels_(
     factor: Tensor, input: Tensor, geometry: PatchGeometry, alpha: float, beta: float, ones: bool
 ) -> None:
     """`accumulate_patch_factor_` if patches are pixels, without a copy of any layout; factor (groups, n', n')."""
     groups = factor.shape[0]
-    call = (input.shape, input.stride(), input.dtype, input.device, groups, geometry, ones)
+    call = ("pixels", input.shape, input.stride(), input.dtype, input.device, groups, geometry, ones)
     problem = with_hints(pixel_problem(input, geometry, groups, ones))
-    chosen = choose_once("accumulate_factor_", ("pixels", *call), lambda: problem, default_config)
+    chosen = choose_once("accumulate_factor_", call, lambda: problem, default_config)
     config = within_memory(chosen, problem)
     if (matrix := pixel_matrix(input, geometry, groups)) is not None:
         launch_accumulate_factor_(factor.select(0, 0), matrix, alpha, beta, ones, config)
