@@ -113,9 +113,7 @@ def test_a_parameter_without_a_gradient_is_named_when_a_graph_is_captured(device
         optimizer.step()
 
 
-def test_a_common_step_waits_for_nothing(device: torch.device) -> None:
-    model = network(device)
-    optimizer = kfac(model, device)
+def steps_without_a_wait(model: torch.nn.Module, optimizer: tc.KFAC, device: torch.device) -> None:
     x, y = batch(device, 0)
     for i in range(4):
         optimizer.zero_grad()
@@ -125,18 +123,15 @@ def test_a_common_step_waits_for_nothing(device: torch.device) -> None:
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_common_step_waits_for_nothing(device: torch.device) -> None:
+    model = network(device)
+    steps_without_a_wait(model, kfac(model, device), device)
 
 
 @pytest.mark.parametrize("rescale", ["paper", "code"])
 def test_weights_are_rescaled_without_a_wait(rescale: Literal["paper", "code"], device: torch.device) -> None:
     model = network(device)
     optimizer = tc.KFAC(model, lr=1e-2, factor_interval=10**6, inverse_interval=10**6, rescale=rescale)
-    x, y = batch(device, 0)
-    for i in range(4):
-        optimizer.zero_grad()
-        passes(model, x, y)
-        torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
-        try:
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    steps_without_a_wait(model, optimizer, device)

@@ -14,6 +14,7 @@ from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.blocks.samples import samples_of
 from triton_curv.blocks.store_cost import inversion_cost
+from triton_curv.blocks.workspace import Workspace
 from triton_curv.damping import kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
@@ -22,7 +23,6 @@ from triton_curv.nvtx import stage
 from triton_curv.packing import diagonal_places, pack, packed_size, squared_norms, unpack
 
 USES = 4  # calls of a layer in one forward that are told apart; later ones add positions only
-WIDEST_WORKSPACE = 2048  # rows of the largest factor that memory is kept for
 SLIVER = 1e-30  # a squared norm below it is that of a dead factor
 
 
@@ -173,7 +173,7 @@ class FactorStore:
         self.discarded = torch.zeros((), dtype=torch.int64, device=device)  # statistics that were not finite
         self.failed = torch.zeros((), dtype=torch.int64, device=device)  # inversions
         self.across: Callable[[Tensor], Tensor] | None = None  # sums over ranks, where a block's factors lie on several
-        self._workspace: Tensor | None = None
+        self.workspace = Workspace(self.samples)
         self._stash: tuple[list[Tensor], Tensor] | None = None
         self._pair_up(shapes, device)
 
@@ -267,14 +267,6 @@ class FactorStore:
         """The low-rank form that stands for the factor's inverse, if one does."""
         may_be = self.tolerance is not None and self._places[key][0].wide
         return low_rank.read(self.view("inverses", key)[0]) if may_be else None
-
-    def workspace(self, n: int) -> Tensor | None:
-        """(1, n, n) of whatever numbers, the same memory each time: new pages take longer than what fills them."""
-        if n > WIDEST_WORKSPACE:
-            return None
-        if self._workspace is None or self._workspace.numel() < n * n:
-            self._workspace = self.samples.new_empty(n * n)
-        return self._workspace[: n * n].view(1, n, n)
 
     def stay_dense_(self) -> None:
         """Dense inverses in the place of low-rank forms, from now on: for who can't look at their ranks."""

@@ -54,7 +54,7 @@ def _invert_densely_(store: FactorStore, bank: Bank, place: slice, matrices: Ten
 
 def _truncate_(store: FactorStore, bank: Bank, place: slice, tolerance: float) -> None:
     """A low-rank form of one inverse. Once that was not near enough the factor's inverses stay dense."""
-    matrices, current = unpack(bank.averages[place], bank.size, store.workspace(bank.size)), bank.inverses[place][0]
+    matrices, current = unpack(bank.averages[place], bank.size, store.workspace.of(bank.size)), bank.inverses[place][0]
     last, found = read(current), None
     if last is not None:
         start = last.basis if last.rank else None
