@@ -21,6 +21,8 @@ def packed_size(n: int) -> int:
 def pack(matrices: Tensor) -> Tensor:
     """(batch, n, n) symmetric -> (batch, n (n + 1) / 2), each row laid out as `pack_symmetric` of the kernels does."""
     batch, n, _ = matrices.shape
+    if n == 1:
+        return matrices.reshape(batch, 1).clone()
     if n > WIDEST_BATCHED and not use_reference(matrices):
         return pack_symmetric(list(matrices.unbind()), matrices.dtype).view(batch, -1)
     half, even = (n + 1) // 2, 1 - n % 2
@@ -34,6 +36,8 @@ def pack(matrices: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n: int, out: Tensor | None = None) -> Tensor:
     """(batch, n (n + 1) / 2) -> (batch, n, n), bitwise symmetric: a fresh tensor, or `out`."""
+    if n == 1:
+        return packed.view(-1, 1, 1).clone() if out is None else out.copy_(packed.view(-1, 1, 1))
     if n > WIDEST_BATCHED and not use_reference(packed):
         matrices = packed.new_empty((len(packed), n, n)) if out is None else out
         unpack_symmetric_(list(matrices.unbind()), packed.reshape(-1))

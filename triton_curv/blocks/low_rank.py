@@ -140,11 +140,11 @@ def write_(place: Tensor, form: LowRank) -> None:
 
 def read(place: Tensor) -> LowRank | None:
     """What `write_` has put there, as views; None for a dense inverse."""
-    last = float(place[-1, -1])
+    scale, last = place[-1, :: len(place) - 1].tolist()
     if not last < 0:
         return None
     rank = int(-1.0 - last)
-    return LowRank(place[:rank], place[-2, :rank], float(place[-1, 0]))
+    return LowRank(place[:rank], place[-2, :rank], scale)
 
 
 # ---- products
