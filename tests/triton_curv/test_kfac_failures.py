@@ -120,6 +120,7 @@ INVERSES: list[InverseName] = ["cholesky", "eigen", "neumann"]
 READERS = (
     "triton_curv.inverse.known_true",
     "triton_curv.blocks.bank.known_true",
+    "triton_curv.blocks.centre.known_true",
     "triton_curv.blocks.samples.known_true",
     "triton_curv.blocks.inversion.known_true",
     "triton_curv.optimizers.apply.known_true",

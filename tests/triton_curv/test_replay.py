@@ -12,6 +12,7 @@ from tests.support.replay import Recording
 BLIND = (
     "triton_curv.inverse.known_true",
     "triton_curv.blocks.bank.known_true",
+    "triton_curv.blocks.centre.known_true",
     "triton_curv.blocks.samples.known_true",
     "triton_curv.optimizers.apply.known_true",
     "triton_curv.optimizers.fallback.known_true",
