@@ -356,7 +356,9 @@ class FactorStore:
             sums = self._in_weight_order(bank.sums, bank.orders)
             if not all_usable:  # 0 * inf is not 0
                 sums.masked_fill_((of_average == 0)[..., None], 0.0)
-            self._average_(bank, slice(None), pack(sums).mul_(of_sums), of_average)
+            self._average_(
+                bank, slice(None), pack(sums, spoil=not torch.compiler.is_compiling()).mul_(of_sums), of_average
+            )
         self._note_fold(weight, due, traces * scale, seen)
 
     def fold_packed_(

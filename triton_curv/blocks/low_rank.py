@@ -134,8 +134,7 @@ def write_(place: Tensor, form: LowRank) -> None:
     rank = form.rank
     place[:rank].copy_(form.basis)
     place[-2, :rank].copy_(form.gains)
-    place[-1, 0] = form.scale
-    place[-1, -1] = -1.0 - rank
+    place[-1, :: len(place) - 1].copy_(place.new_tensor([form.scale, -1.0 - rank]))
 
 
 def read(place: Tensor) -> LowRank | None:
