@@ -177,8 +177,8 @@ class FactorStore:
         self.workspace = Workspace(self.samples)
         self._stash: tuple[list[Tensor], Tensor] | None = None
         self._sizes = [len(bank.sums) for bank in self.banks]
-        turned = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.sums))]
-        self.shares = Shares(shapes, lambda *key: self.rows(FactorKey(*key)).start, self.owner, turned, self.samples)
+        bases = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.sums))]
+        self.shares = Shares(shapes, lambda *key: self.rows(FactorKey(*key)).start, self.owner, bases, self.samples)
 
     # ---- places
 

@@ -11,23 +11,23 @@ from triton_curv.damping import kronecker_shifts
 
 
 class Members(NamedTuple):
-    """Some rows, (members,), in vectors over factor matrices, the block of each, and how many each block has."""
+    """Some rows, (members,), of vectors over factor matrices, their blocks, and how many a block has, (blocks,)."""
 
     rows: Tensor
     owner: Tensor
-    count: Tensor
+    numbers: Tensor
 
     @classmethod
     def of(cls, rows: Sequence[int], owner: Tensor, like: Tensor) -> "Members":
         """`owner` of all rows; `like` is a vector over blocks."""
         index = torch.tensor(rows, dtype=torch.int64, device=owner.device)
-        count = torch.zeros_like(like).index_add_(0, owner[index], like.new_ones(len(rows)))
-        return cls(index, owner[index], count)
+        numbers = torch.zeros_like(like).index_add_(0, owner[index], like.new_ones(len(rows)))
+        return cls(index, owner[index], numbers)
 
     def damping(self, curvature: Tensor, damping: Tensor, relative: Tensor) -> Tensor:
         """lambda of each; its relative part is measured over the whole block, so that a dead group is damped."""
-        total = torch.zeros_like(self.count).index_add_(0, self.owner, curvature)
-        return (damping + relative * total / self.count)[self.owner]
+        total = torch.zeros_like(self.numbers).index_add_(0, self.owner, curvature)
+        return (damping + relative * total / self.numbers)[self.owner]
 
 
 class Shares:
