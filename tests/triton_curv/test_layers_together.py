@@ -44,9 +44,8 @@ class Every(nn.Module):
         self.base, self.down, self.back = nn.Linear(6, 6), nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
         self.base.requires_grad_(False)
         self.head = nn.Linear(6, 3)
-        for module in self.modules():
-            if hasattr(module, "weight") and module.weight is not None and module.weight.dim() == 1:
-                nn.init.normal_(module.weight, 1.0, 0.2)
+        for norm in (self.batch_norm, self.instance, self.group, self.layer, self.rms):
+            nn.init.normal_(norm.get_parameter("weight"), 1.0, 0.2)
 
     def body(self, x: Tensor) -> Tensor:
         """Scores (samples, 3)."""

@@ -15,7 +15,7 @@ from triton_curv.blocks.rule import FactorShape
 from triton_curv.blocks.samples import samples_of
 from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.blocks.workspace import Workspace
-from triton_curv.damping import kronecker_shifts
+from triton_curv.damping import damping_of_blocks, kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import InverseName
@@ -477,22 +477,16 @@ class FactorStore:
         means = torch.zeros_like(traces).index_add_(0, self.first_row, traces) / self.dimensions  # NaN if not first
         shifts = torch.empty_like(means)
         if len(self.row_A):
-            mean_A, mean_G = means[self.row_A], means[self.row_G]
-            damping_A = self._damping(self.row_A, mean_A * mean_G, damping, relative)
+            pair, owner = (means[self.row_A], means[self.row_G]), self.owner[self.row_A]
+            damping_A, (mean_A, mean_G) = damping_of_blocks(pair, owner, damping, relative)
             split, turned = kronecker_shifts(mean_A, mean_G, damping_A), self.turned[self.row_A]
             shifts[self.row_A], shifts[self.row_G] = (torch.where(turned, damping_A, part) for part in split)
         if len(self.row_F):
-            shifts[self.row_F] = self._damping(self.row_F, means[self.row_F], damping, relative)
-        least = torch.finfo(shifts.dtype).tiny ** 0.5  # for a dead layer: its factor is 0, and so is lambda
+            single, owner = (means[self.row_F],), self.owner[self.row_F]
+            shifts[self.row_F], _ = damping_of_blocks(single, owner, damping, relative)
+        least = torch.finfo(shifts.dtype).tiny ** 0.5  # without any damping a dead layer's factor is 0 + least
         shifts = torch.where(shifts > 0, shifts, least)[self.first_row]
         self.shifts.copy_(torch.where(self.folds > 0, shifts, 1.0))  # a layer not used yet: (0 + I)^-1 = I
-
-    def _damping(self, rows: Tensor, curvature: Tensor, damping: Tensor, relative: Tensor) -> Tensor:
-        """lambda of each row; its relative part is measured over the whole block, so that a dead group is damped."""
-        owner = self.owner[rows]
-        total = torch.zeros_like(self.samples).index_add_(0, owner, curvature)
-        members = torch.zeros_like(self.samples).index_add_(0, owner, torch.ones_like(curvature))
-        return damping[owner] + relative[owner] * total[owner] / members[owner]
 
     @stage("inverse", payload=inversion_cost)
     def invert_(self, keys: Sequence[FactorKey] | None = None) -> None:

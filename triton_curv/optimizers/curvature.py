@@ -172,7 +172,7 @@ class Curvature:
             block.moments.sums.zero_()
 
     def drop_left_out(self) -> None:
-        """Drop what a step that a GradScaler left out has left, which has another scale: `zero_grad` may not be ours."""
+        """Drop the statistics of a step that a GradScaler left out, of another scale: the model's `zero_grad` doesn't."""
         if self.left_out.seen():
             self.drop()
 
