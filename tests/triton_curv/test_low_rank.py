@@ -231,6 +231,26 @@ def test_failing_factor_keeps_its_form_and_then_falls() -> None:
     assert "A" not in block.forms()
 
 
+def test_library_that_throws_leaves_it_to_the_dense_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has a ladder of its own; memory that runs out is an error."""
+
+    def throwing(error: Exception) -> Any:
+        def eigh(*_: object) -> Any:
+            raise error
+
+        return eigh
+
+    model = wide_net()
+    optimizer = kfac(model)
+    monkeypatch.setattr(torch.linalg, "eigh", throwing(RuntimeError("injected")))
+    train(optimizer, model, range(1))
+    assert optimizer.health()["0"]["ranks"] == {}
+    assert optimizer.health()["0"]["rung"] == "fresh"
+    monkeypatch.setattr(torch.linalg, "eigh", throwing(torch.OutOfMemoryError("injected")))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(kfac(model), model, range(1))
+
+
 def test_dense_in_compiled_steps() -> None:
     """With compile=True, and from a trace of `opt.step` on; "low_rank" by name can't be had there."""
     with pytest.raises(tc.ConfigurationError, match="low_rank"):

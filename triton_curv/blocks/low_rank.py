@@ -103,14 +103,16 @@ def _nystrom(matrix: Tensor, rows: Tensor, least: float) -> tuple[Tensor, Tensor
         return None
     nu = max(least, 8 * len(rows) * torch.finfo(matrix.dtype).eps * most)
     images.add_(rows, alpha=nu)
-    lower, failed = torch.linalg.cholesky_ex(images @ rows.mT)
-    if bool(failed):
+    try:
+        lower, failed = torch.linalg.cholesky_ex(images @ rows.mT)
+        if bool(failed):
+            return None
+        half = torch.linalg.solve_triangular(lower, images, upper=False)
+        values, vectors = torch.linalg.eigh(half @ half.mT)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # of eigh, where numbers are not finite, too
         return None
-    half = torch.linalg.solve_triangular(lower, images, upper=False)
-    squares = half @ half.mT
-    if not bool(squares.isfinite().all()):
-        return None
-    values, vectors = torch.linalg.eigh(squares)
     values, turn = values.flip(0), vectors.flip(1).mT
     basis = (turn / values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[:, None]) @ half
     return values - nu, basis, nu
