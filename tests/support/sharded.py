@@ -35,6 +35,25 @@ def net() -> nn.Sequential:
     ).double()
 
 
+class Tied(nn.Module):
+    """Pixels as tokens, an embedding and a head of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(7, 5), nn.Linear(5, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.tanh(self.hidden(self.embed((x.flatten(1) * 2).long().clamp(-3, 3) + 3))))
+        return scores.mean(1)
+
+
+def tied_net() -> nn.Module:
+    torch.manual_seed(0)
+    return Tied().double()
+
+
 def batch(step: int, rows: int = ROWS) -> Batch:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(rows, 1, 4, 4, generator=generator, dtype=torch.float64)

@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 import triton_curv as tc
+from tests.support.dense import relative_error
+from tests.support.transformer import Transformer, tokens
 from triton_curv.blocks.cost import inversion_work
 from triton_curv.optimizers.turns import parts_of, turns_of
 
@@ -309,3 +311,67 @@ def test_a_sampled_fisher_takes_its_passes_in_one_step() -> None:
     assert sorted(n for names in inverted[4:8] for n in names) == sorted(optimizer.blocks)
     assert max(len(names) for names in inverted[4:]) < len(optimizer.blocks)
     assert "fisher='sampled'" in str(optimizer.explain())
+
+
+def token_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
+
+
+def amp_run(dtype: torch.dtype, overflows: set[int], steps: int) -> tuple[tc.KFAC, list[set[str]]]:
+    """Mixed precision in two micro-batches, with a scale that grows at every second step; folds of each step."""
+    torch.manual_seed(0)
+    model = Transformer()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11, growth_interval=2)
+    optimizer = tc.KFAC(
+        model, lr=0.0, factor_interval=4, inverse_interval=4, refresh_budget="even", centred=False, grad_scaler=scaler
+    )
+    folded: list[set[str]] = []
+    for attempt in range(steps + len(overflows)):
+        step = len(folded)
+        x, y = tokens(16, 6, seed=step)
+        optimizer.zero_grad()
+        before = folds_of(optimizer)
+        for part, target in zip(x.chunk(2), y.chunk(2), strict=True):
+            with torch.autocast("cpu", dtype):
+                loss = token_loss(model(part), target) / 2
+            scaler.scale(loss * float("inf") if attempt in overflows else loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        now = {name for name, folds in folds_of(optimizer).items() if folds > before[name]}
+        if attempt in overflows:
+            assert not now
+            assert optimizer.param_groups[0]["step"] == step
+        else:
+            folded.append(now)
+    return optimizer, folded
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+def test_turns_in_mixed_precision(dtype: torch.dtype, tolerance: float) -> None:
+    """A step that a GradScaler leaves out takes nobody's turn; averages are those of float64 on the turns' batches."""
+    steps = 13
+    optimizer, folded = amp_run(dtype, {0, 2, 7}, steps)
+    every = sorted(optimizer.blocks)
+    for start in (4, 8):
+        assert sorted(name for names in folded[start : start + 4] for name in names) == every
+    assert optimizer.health()["optimizer"]["discarded_statistics"] == 0
+    shared: dict[tuple[int, ...], list[str]] = {}
+    for name in every:
+        if name != "place":  # one row for each place, not for each sample of a micro-batch
+            shared.setdefault(tuple(step for step in range(steps) if name in folded[step]), []).append(name)
+    assert len(shared) > 2
+    for turns, names in shared.items():
+        torch.manual_seed(0)
+        plain = Transformer().double()
+        reference = tc.KFAC(plain, lr=0.0, factor_interval=1, inverse_interval=1, centred=False)
+        for step in turns:
+            x, y = tokens(16, 6, seed=step)
+            reference.zero_grad()
+            token_loss(plain(x), y).backward()
+            reference.step()
+        for name in names:
+            for factor, value in reference.blocks[name].factors().items():
+                found = optimizer.blocks[name].factors()[factor].double()
+                assert relative_error(found, value) < tolerance, (name, factor)

@@ -144,11 +144,12 @@ def test_activation_checkpointing_counts_nothing_twice(recompute: str) -> None:
     assert_close(plain_factors(recompute=recompute), plain_factors(), 1e-12)
 
 
-def test_micro_batches_equal_one_batch() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_micro_batches_equal_one_batch(tied: bool) -> None:
     x, y = tokens(6)
     expected = []
     for sizes in ([6], [1, 3, 2]):
-        model = net(tied=False)
+        model = net(tied=tied)
         optimizer = kfac(model)
         for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
             (token_loss(model(a), b) * len(a) / 6).backward()
@@ -159,7 +160,7 @@ def test_micro_batches_equal_one_batch() -> None:
 
 def test_two_forwards_before_one_backward_equal_one_batch() -> None:
     x, y = tokens(6)
-    reference, model = net(tied=False), net(tied=False)
+    reference, model = net(), net()
     optimizers = [kfac(reference), kfac(model)]
     token_loss(reference(x), y).backward()
     losses = [token_loss(model(a), b) for a, b in zip(x.split(3), y.split(3), strict=True)]

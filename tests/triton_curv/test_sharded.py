@@ -7,7 +7,7 @@ from torch import Tensor
 
 import triton_curv as tc
 from tests.support.processes import on_ranks
-from tests.support.sharded import Case, difference, equality, single, unpacked
+from tests.support.sharded import Case, difference, equality, single, tied_net, unpacked
 
 TOLERANCE = 1e-12
 
@@ -19,6 +19,7 @@ EQUAL = [
     Case("fsdp", options={"inverse": "eigen", "update_size": "kl_clip"}),
     Case("hsdp"),
     Case("hsdp", options=BARE),
+    Case("ddp", options=BARE, net=tied_net),
     Case("fsdp", options=EVEN),
     Case("fsdp", options={**BARE, "rescale": "paper"}),
     Case("fsdp", sharding={"gather": "inverses"}, options={"update_size": "kl_clip"}),

@@ -74,7 +74,7 @@ def test_attention_and_tied_weights_are_compared_and_planted_bugs_found(monkeypa
 
     def with_padding(right: Any, rule: Any, *given: Any) -> Any:
         tokens, weights, signal = right(rule, *given)
-        return tokens, torch.ones_like(weights), signal
+        return tokens, torch.ones_like(weights), given[1].reshape(signal.shape)
 
     assert broken(ProjectionPart, "accumulate_", swapped) == ["own"]
     assert broken(ProjectionRule, "accumulate_masked_", keys_halved) == ["across.k_proj"]

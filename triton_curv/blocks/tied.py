@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from triton_curv.blocks.embedding import EmbeddingRule, one_hot_counts
+from triton_curv.blocks.embedding import EmbeddingRule
 from triton_curv.blocks.options import LayerOptions
 from triton_curv.blocks.rows import RowsSource, rows_of
 from triton_curv.blocks.rule import Rule, Source, Uses
@@ -40,7 +40,7 @@ class TiedRule:
 
 
 class HeadUse(RowsSource):
-    """The use of a tied weight as y = W a: t = (tr A)(tr G), A/tr A and G/tr G weighted by t."""
+    """The use of a tied weight as y = W a."""
 
     def __init__(self, options: LayerOptions) -> None:
         self.options = options
@@ -49,20 +49,18 @@ class HeadUse(RowsSource):
     def accumulate_masked_(
         self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, mask: Tensor | None
     ) -> Uses:
-        """A += (tr G) A', G += (tr A') diag G, count t, for A' = a^T a / rows."""
+        """A += sum_r |g_r|^2 a_r a_r^T, G += sum_r |a_r|^2 diag(g_r g_r^T), count t, over rows r."""
         rows = rows_of(inputs, grad_output, False, self.options, mask)
-        samples, used, _ = rows.uses
         a, dtype = rows.inputs.to(sums["A"].dtype), sums["A"].dtype
-        squares = torch.linalg.vector_norm(rows.signal, dim=0, dtype=dtype).square()
-        trace_A, trace_G = a.square().sum() / used, squares.sum()
-        input_side = Side.of("A", a.shape[1], a.shape[1])
-        input_side.accumulate_(sums, a * (trace_G / used).sqrt())
-        sums["G"].view(-1).addcmul_(squares, trace_A)
-        return Uses(samples, (trace_A * trace_G).clamp_min(torch.finfo(dtype).tiny))
+        of_signals = torch.linalg.vector_norm(rows.signal, dim=1, dtype=dtype)
+        of_inputs = torch.linalg.vector_norm(a, dim=1)
+        Side.of("A", a.shape[1], a.shape[1]).accumulate_(sums, a * of_signals[:, None])
+        sums["G"].view(-1).add_(torch.linalg.vector_norm(rows.signal * of_inputs[:, None], dim=0).square_())
+        return Uses(rows.uses.samples, (of_signals * of_inputs).square().sum().clamp_min(torch.finfo(dtype).tiny))
 
 
 class EmbeddingUse(RowsSource):
-    """The use of a tied weight as an embedding: its A, the token frequencies, has trace 1."""
+    """The use of a tied weight as an embedding: y = W^T v of one-hot vectors v."""
 
     def __init__(self, rule: EmbeddingRule) -> None:
         self.rule = rule
@@ -74,24 +72,25 @@ class EmbeddingUse(RowsSource):
     def accumulate_masked_(
         self, sums: Mapping[str, Tensor], inputs: Tensor, grad_output: Tensor, mask: Tensor | None
     ) -> Uses:
-        """A += G', G += (tr G') frequencies, count t = tr G', for G' = g^T g."""
-        tokens, weights, signal = self.rule.token_rows(inputs, grad_output, mask)
-        dtype = sums["A"].dtype
-        signal, weights = signal.to(dtype), weights.to(dtype)
-        trace = signal.square().sum()
+        """A += sum_r g_r g_r^T, G += sum_r |g_r|^2 v_r v_r^T, count t, over tokens r."""
+        tokens, _, signal = self.rule.token_rows(inputs, grad_output, mask)
+        signal = signal.to(sums["A"].dtype)
+        sizes = signal.square().sum(1, keepdim=True)
         Side.of("A", self.rule.width, self.rule.width).accumulate_(sums, signal)
-        frequencies = one_hot_counts(tokens, weights, self.rule.vocabulary) / weights.sum().clamp_min(1)
-        sums["G"].view(-1).addcmul_(frequencies, trace)
-        return Uses(self.rule.samples(inputs), trace.clamp_min(torch.finfo(dtype).tiny))
+        # what `index_add_` does, in a fixed order on a GPU too
+        by_token = torch.ops.aten.embedding_dense_backward(sizes, tokens, self.rule.vocabulary, -1, False)
+        sums["G"].view(-1).add_(by_token[:, 0])
+        return Uses(self.rule.samples(inputs), sizes.sum().clamp_min(torch.finfo(signal.dtype).tiny))
 
 
 class TiedEmbeddingRule:
     """A weight (vocabulary, width) that is an embedding and the head of the net: one Kronecker product for both.
 
-    The curvature is F_1 + F_2, each V_i (x) W_i: V over the vocabulary (token frequencies; the head's G, of which the
-    diagonal is kept) and W over the width (the embedding's G; the head's A). It is approximated by one product,
-    (sum_i t_i) (sum_i w_i V_i / tr V_i) (x) (sum_i w_i W_i / tr W_i), t_i = tr F_i, w_i = t_i / sum t: right in its
-    trace, exact if one use dominates or if both agree on one side; terms between the uses are dropped.
+    The curvature is F = sum over uses and rows of V_r (x) W_r: V over the vocabulary (one-hot tokens; the head's
+    signals) and W over the width (the embedding's signals; the head's inputs). It is approximated by one product,
+    t (V / tr V) (x) (W / tr W), of the partial traces V = sum_r V_r tr W_r, of which the diagonal is kept, and
+    W = sum_r W_r tr V_r, t = tr F: right in its trace, exact where F is such a product. All are sums over rows, so that
+    a batch may come in parts; terms between uses and between positions are dropped.
     "G" is the vocabulary's factor, "A", of trace 1, the width's.
     """
 

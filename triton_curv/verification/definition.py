@@ -14,7 +14,7 @@ from torch.func import functional_call
 from triton_curv.blocks import Rule, TiedEmbeddingRule
 from triton_curv.blocks.kind import layer_kind
 from triton_curv.verification.by_autograd import laid_out, rows_by_autograd, sample_gradients
-from triton_curv.verification.kronecker import Kronecker, Rows, of_rows, of_shared_tokens, of_tokens
+from triton_curv.verification.kronecker import Kronecker, Rows, of_rows, of_shared_tokens, of_tokens, token_rows
 from triton_curv.verification.layer_rows import CONVOLUTIONS, LINEAR, linear_rows, matrix_of, rows_of
 from triton_curv.verification.seen import ROLES, Calls, Seen
 
@@ -58,11 +58,9 @@ def define(rule: Rule, users: Sequence[nn.Module], calls: Calls) -> Definition |
             return _of_norm(rule.module, [call for _, call in seen])
         return _of_parameters(rule, seen, samples)
     if isinstance(rule, TiedEmbeddingRule):
-        embedding = [call for layer, call in seen if layer is rule.module]
+        tokens = [token_rows(layer, call, samples) for layer, call in seen if layer is rule.module]
         heads = [linear_rows(call.inputs, call.grad, False) for layer, call in seen if layer is not rule.module]
-        uses = [of_tokens(rule.module, embedding, samples).transposed()] if embedding else []
-        uses += [of_rows([head], samples, diagonal="G") for head in heads]
-        return _definition(of_shared_tokens(uses))
+        return _definition(of_shared_tokens([*tokens, *heads], samples))
     if isinstance(rule.module, nn.Embedding) and layer_kind(rule.module) is nn.Embedding and is_ours(rule):
         of_batch = of_tokens(rule.module, [call for _, call in seen], samples)
         if seen[0][1].inputs.dim() < 2 or samples == 1:  # served a whole batch: N is that of the other layers

@@ -26,10 +26,6 @@ class Kronecker:
     G: Tensor
     gradients: Tensor
 
-    def transposed(self) -> "Kronecker":
-        """The same for the transpose of the weight."""
-        return Kronecker(self.G, self.A, self.gradients.mT)
-
     def gap(self) -> float | None:
         """||F - G (x) A|| / ||F||, F the empirical Fisher from the samples' gradients; None if F is 0."""
         samples, gradients = len(self.gradients), self.gradients
@@ -71,18 +67,24 @@ def of_tokens(layer: nn.Embedding, calls: Sequence[Seen], samples: int) -> Krone
     return Kronecker((counts / counts.sum().clamp_min(1))[None], G, gradients.mT[:, None])
 
 
-def of_shared_tokens(uses: Sequence[Kronecker]) -> Kronecker:
+def token_rows(layer: nn.Embedding, call: Seen, samples: int) -> Rows:
+    """An embedding as a transposed linear layer: its signals as inputs, one-hot tokens, 0 for padding, as gradients."""
+    tokens = call.inputs.reshape(samples, -1)
+    real = tokens != (-1 if layer.padding_idx is None else layer.padding_idx)
+    one_hot = nn.functional.one_hot(tokens, layer.num_embeddings).to(call.grad.dtype) * real[..., None]
+    return Rows(call.grad.reshape(samples, -1, 1, layer.embedding_dim), one_hot[:, :, None])
+
+
+def of_shared_tokens(uses: Sequence[Rows], samples: int) -> Kronecker:
     """One product for a weight (vocabulary, width) that is an embedding and the heads of a net.
 
-    The uses have curvatures V_i (x) W_i, V_i diagonal, with traces t_i. G = sum_i t_i V_i / tr V_i and
-    A = sum_i t_i W_i / tr W_i / sum_i t_i.
+    Of F = N sum over uses and rows of g g^T (x) a a^T, g over the vocabulary: G is the diagonal of the partial trace
+    over the width, A the partial trace over the vocabulary, divided by tr F.
     """
-    vocabulary, width = [use.G[0] for use in uses], [use.A[0] for use in uses]
-    traces = [v.sum() * w.trace() for v, w in zip(vocabulary, width, strict=True)]
-    G = torch.stack([t * v / v.sum() for t, v in zip(traces, vocabulary, strict=True) if t > 0]).sum(0)
-    A = torch.stack([t * w / w.trace() for t, w in zip(traces, width, strict=True) if t > 0]).sum(0)
-    gradients = torch.stack([use.gradients for use in uses]).sum(0)
-    return Kronecker((A / torch.stack(traces).sum())[None], G[None], gradients)
+    G = samples * torch.stack([torch.einsum("ntgi,ntgj->gi", r.grads**2, r.inputs**2) for r in uses]).sum(0)
+    A = torch.stack([torch.einsum("ntgk,ntgi,ntgj->gij", r.grads**2, r.inputs, r.inputs) for r in uses]).sum(0)
+    gradients = torch.stack([torch.einsum("ntgi,ntgj->ngij", r.grads, r.inputs) for r in uses]).sum(0)
+    return Kronecker(samples * A / G.sum(), G, gradients)
 
 
 def mean_eigenvalue(factors: Mapping[str, Tensor]) -> float:
