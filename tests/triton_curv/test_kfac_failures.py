@@ -127,6 +127,7 @@ READERS = (
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",
     "triton_curv.optimizers.hyper.on_host",
+    "triton_curv.optimizers.host_moves.on_host",
     "triton_curv_kernels.momentum.runs_on_host",
 )
 INJECTIONS = ["gradient", "statistics", "nan", "inf", "indefinite", "throws", "residual"]
