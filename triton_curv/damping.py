@@ -1,7 +1,7 @@
 """Damping: how lambda is shared between the factors of a block, and how it moves while training goes on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,26 +22,6 @@ def kronecker_shifts(mean_A: Tensor, mean_G: Tensor, damping: Tensor) -> tuple[T
     pi = torch.sqrt(mean_A.clamp_min(tiny)) / torch.sqrt(mean_G.clamp_min(tiny))
     root = torch.sqrt(damping)
     return pi * root, root / pi
-
-
-def damping_of_blocks(
-    means: Sequence[Tensor], owner: Tensor, damping: Tensor, relative: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """lambda = damping + relative * curvature for each factor or pair, and the means that go with it.
-
-    `means` are the mean eigenvalues of A and of G, or of F, (members,); `owner` says which block each is of, `damping`
-    and `relative` are of blocks. Curvature is the mean of their product over the whole block, so that a dead group is
-    damped. Where lambda would be 0, in a block without any curvature (a dead layer, an adapter whose other half is
-    still 0), 1 stands for the means that are 0: else nothing would bound the step of its first gradient.
-    """
-    alive = [torch.where(mean == 0, 1.0, mean) for mean in means]
-    products = torch.stack([math.prod(some[1:], start=some[0]) for some in (means, alive)], dim=1)
-    total = products.new_zeros(len(damping), 2).index_add_(0, owner, products)
-    members = torch.zeros_like(total).index_add_(0, owner, torch.ones_like(products))
-    lambdas, instead = (damping[:, None] + relative[:, None] * total / members).unbind(1)
-    dead = lambdas == 0
-    found = [torch.where(dead[owner], a, mean) for a, mean in zip(alive, means, strict=True)]
-    return torch.where(dead, instead, lambdas)[owner], found
 
 
 class DampingRule(Protocol):

@@ -120,11 +120,14 @@ INVERSES: list[InverseName] = ["cholesky", "eigen", "neumann"]
 READERS = (
     "triton_curv.inverse.known_true",
     "triton_curv.blocks.bank.known_true",
+    "triton_curv.blocks.centre.known_true",
+    "triton_curv.blocks.samples.known_true",
     "triton_curv.blocks.inversion.known_true",
     "triton_curv.optimizers.apply.known_true",
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",
     "triton_curv.optimizers.hyper.on_host",
+    "triton_curv.optimizers.host_moves.on_host",
     "triton_curv_kernels.momentum.runs_on_host",
 )
 INJECTIONS = ["gradient", "statistics", "nan", "inf", "indefinite", "throws", "residual"]
@@ -190,6 +193,42 @@ def test_every_injected_failure_is_survived_and_counted(
     restored = tc.KFAC(small_net(), lr=1e-3, factor_interval=1, inverse_interval=1, inverse=inverse)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert restored.health()["optimizer"] == counts
+
+
+def test_what_the_host_knows_changes_nothing() -> None:
+    """Short cuts of folding and inverting: bitwise the same with and without, through good steps and bad ones."""
+    runs = []
+    for blind in (False, True):
+        model = small_net()
+        optimizer = tc.KFAC(model, lr=1e-3, factor_interval=1, inverse_interval=1)
+        store, seen = optimizer._store, []
+        with pytest.MonkeyPatch.context() as patch:
+            for reader in READERS[:5] if blind else ():
+                patch.setattr(reader, lambda *_: False)
+            for number, (x, y) in enumerate(batches(6)):
+                if number == 3:
+                    healthy = [bank.averages.clone() for bank in store.banks]
+                    break_factor(optimizer, "indefinite")
+                elif number == 5:
+                    for bank, averages in zip(store.banks, healthy, strict=True):
+                        bank.averages.copy_(averages)
+                optimizer.zero_grad()
+                functional.cross_entropy(model(x * float("inf") if number == 2 else x), y).backward()
+                optimizer.step()
+                vectors = (
+                    store.folds,
+                    store.folded_traces,
+                    store.samples,
+                    store.failures,
+                    store.rungs,
+                    store.residuals,
+                )
+                seen += [v.clone() for v in (*vectors, store.failed, store.discarded, store.shifts)] + weights(model)
+        runs.append(seen)
+    rungs = runs[0][4 :: len(runs[0]) // 6]
+    assert [bool((each > 0).any()) for each in rungs] == [False, False, False, True, True, False]
+    for known, blind_to in zip(*runs, strict=True):
+        torch.testing.assert_close(known, blind_to, rtol=0, atol=0, equal_nan=True)
 
 
 class NoHostRead(TorchDispatchMode):

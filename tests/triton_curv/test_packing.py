@@ -17,3 +17,6 @@ def test_there_and_back(n: int) -> None:
     room = torch.full((2, n, n), torch.nan)
     assert unpack(packed, n, room) is room
     assert torch.equal(room, matrices)
+    room[0, 0, 0] = torch.nan
+    assert torch.equal(packed, pack(matrices)), "what is unpacked is a copy"
+    assert torch.equal(pack(matrices.clone(), spoil=True), packed)

@@ -12,10 +12,13 @@ from tests.support.replay import Recording
 BLIND = (
     "triton_curv.inverse.known_true",
     "triton_curv.blocks.bank.known_true",
+    "triton_curv.blocks.centre.known_true",
+    "triton_curv.blocks.samples.known_true",
     "triton_curv.optimizers.apply.known_true",
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",
     "triton_curv.optimizers.hyper.on_host",
+    "triton_curv.optimizers.host_moves.on_host",
     "triton_curv_kernels.momentum.runs_on_host",
 )
 

@@ -13,9 +13,9 @@ from triton_curv.blocks.low_rank import LowRank
 from triton_curv.blocks.products import ProductQueue
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.blocks.samples import samples_of
+from triton_curv.blocks.shifts import Shares
 from triton_curv.blocks.store_cost import inversion_cost
 from triton_curv.blocks.workspace import Workspace
-from triton_curv.damping import damping_of_blocks, kronecker_shifts
 from triton_curv.errors import NotOwnedError
 from triton_curv.hostcheck import known_true
 from triton_curv.inverse import InverseName
@@ -117,7 +117,8 @@ class FactorStore:
     ) -> None:
         self.inverse: InverseName = inverse
         self.tolerance = tolerance
-        self.forms = 0  # grows when a low-rank form may have changed
+        self.forms = self._read_at = 0  # grows when a low-rank form may have changed
+        self._read: dict[FactorKey, LowRank | None] = {}
         self.held = held
         self.iterations = 8
         self.counts = torch.zeros(len(shapes), 1 + USES, dtype=dtype, device=device)
@@ -175,38 +176,9 @@ class FactorStore:
         self.across: Callable[[Tensor], Tensor] | None = None  # sums over ranks, where a block's factors lie on several
         self.workspace = Workspace(self.samples)
         self._stash: tuple[list[Tensor], Tensor] | None = None
-        self._pair_up(shapes, device)
-
-    def _pair_up(self, shapes: Sequence[Mapping[str, FactorShape]], device: torch.device) -> None:
-        """Factors A and the G beside each (same block, same group), and lone factors F.
-
-        The diagonal blocks of one factor are stood for by the first of them: `first_row` says which that is for each
-        row, and there `dimensions` holds the size of the whole factor.
-        """
-        pairs: list[tuple[int, int]] = []
-        single: list[int] = []
-        first_row = list(range(len(self.owner)))
-        sizes = [0] * len(self.owner)
-        for block, factors in enumerate(shapes):
-            first: dict[str, list[int]] = {}
-            for name, shape in factors.items():
-                start = self.rows(FactorKey(block, name)).start
-                heads = first.setdefault(name[0], list(range(start, start + shape.batch, shape.blocks)))
-                for i in range(shape.batch):
-                    first_row[start + i] = heads[i // shape.blocks]
-                    sizes[start + i] = shape.size
-            if "F" in first:
-                single += first["F"]
-            else:
-                pairs += zip(first["A"], first["G"], strict=True)
-        self.first_row = torch.tensor(first_row, dtype=torch.int64, device=device)
-        lengths = torch.tensor(sizes, dtype=self.samples.dtype, device=device)
-        self.dimensions = torch.zeros_like(lengths).index_add_(0, self.first_row, lengths)
-        turned = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.sums))]
-        self.turned = torch.tensor(turned, device=device)
-        self.row_A = torch.tensor([a for a, _ in pairs], dtype=torch.int64, device=device)
-        self.row_G = torch.tensor([g for _, g in pairs], dtype=torch.int64, device=device)
-        self.row_F = torch.tensor(single, dtype=torch.int64, device=device)
+        self._sizes = [len(bank.sums) for bank in self.banks]
+        bases = [bank.spectra is not None for bank in self.banks for _ in range(len(bank.sums))]
+        self.shares = Shares(shapes, lambda *key: self.rows(FactorKey(*key)).start, self.owner, bases, self.samples)
 
     # ---- places
 
@@ -265,8 +237,13 @@ class FactorStore:
 
     def form_of(self, key: FactorKey) -> LowRank | None:
         """The low-rank form that stands for the factor's inverse, if one does."""
-        may_be = self.tolerance is not None and self._places[key][0].wide
-        return low_rank.read(self.view("inverses", key)[0]) if may_be else None
+        if self.tolerance is None or not self._places[key][0].wide:
+            return None
+        if self._read_at != self.forms:
+            self._read, self._read_at = {}, self.forms
+        if key not in self._read:
+            self._read[key] = low_rank.read(self.view("inverses", key)[0])
+        return self._read[key]
 
     def stay_dense_(self) -> None:
         """Dense inverses in the place of low-rank forms, from now on: for who can't look at their ranks."""
@@ -312,17 +289,22 @@ class FactorStore:
         return torch.cat([pad(t, (0, len(bank.sums) - bank.owned)) for t, bank in zip(own, self.banks, strict=True)])
 
     def pending(
-        self, how: Normalisation, due: Tensor | None = None, traces: Tensor | None = None
+        self,
+        how: Normalisation,
+        due: Tensor | None = None,
+        traces: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What normalises the pending sum of each factor, and its weight in the moving average.
 
         A = sum / rows; G and F = N sum for a mean loss and sum / N for a summed one, both over signal_scale^2. The
         weight corrects the average's start, (1 - decay) / (1 - decay^k) at fold k. A factor without pending samples,
         or whose sum is not finite (its diagonal shows it: X^T X), or that is not `due`, gets weight 0. `traces` are
-        those of the sums, where these lie elsewhere.
+        those of the sums, where these lie elsewhere; `seen`, if known, is what the method says.
         """
         traces = self.traces(sums=True) if traces is None else traces
-        rows, samples = self.counts[self.owner, 0], self.seen()[self.owner]
+        seen = self.seen() if seen is None else seen
+        rows, samples = self.counts[self.owner, 0], seen[self.owner]
         of_signal = (1 / samples if how.summed else samples) / how.signal_scale**2
         usable = (samples > 0) & traces.isfinite()
         if due is not None:
@@ -366,14 +348,18 @@ class FactorStore:
             pieces = {key: pack(self.sums_in_weight_order(key)) for key in self._keys_of(turn)}
             self.fold_packed_(pieces, how, due, traces, turn)
             return
-        scale, weight = self.pending(how, due, traces)
+        seen = self.seen()
+        scale, weight = self.pending(how, due, traces, seen)
         all_usable = known_true(weight > 0)
-        for bank in self.banks:
-            sums, rows = self._in_weight_order(bank.sums, bank.orders), bank.rows
+        scales, weights = (vector[:, None].split(self._sizes) for vector in (scale, weight))
+        for bank, of_sums, of_average in zip(self.banks, scales, weights, strict=True):
+            sums = self._in_weight_order(bank.sums, bank.orders)
             if not all_usable:  # 0 * inf is not 0
-                sums.masked_fill_((weight[rows] == 0)[:, None, None], 0.0)
-            self._average_(bank, slice(None), pack(sums).mul_(scale[rows, None]), weight[rows])
-        self._note_fold(weight, due, traces * scale)
+                sums.masked_fill_((of_average == 0)[..., None], 0.0)
+            self._average_(
+                bank, slice(None), pack(sums, spoil=not torch.compiler.is_compiling()).mul_(of_sums), of_average
+            )
+        self._note_fold(weight, due, traces * scale, seen)
 
     def fold_packed_(
         self,
@@ -384,37 +370,42 @@ class FactorStore:
         turn: Collection[int] | None = None,
     ) -> None:
         """`fold_` of sums over ranks: of the factors this rank owns, packed; `counts` and `traces` over ranks, too."""
-        scale, weight = self.pending(how, due, traces)
+        seen = self.seen()
+        scale, weight = self.pending(how, due, traces, seen)
         for key, packed in sums.items():
             bank, place = self._places[key]
             rows = self.rows(key)
             fresh = packed.view(-1, packed_size(bank.size)) * scale[rows, None]
             fresh.masked_fill_((weight[rows] == 0)[:, None], 0.0)
-            self._average_(bank, place, fresh, weight[rows])
-        self._note_fold(weight, due, traces * scale, turn)
+            self._average_(bank, place, fresh, weight[rows, None])
+        self._note_fold(weight, due, traces * scale, seen, turn)
 
     @staticmethod
     def _average_(bank: Bank, place: slice, fresh: Tensor, weight: Tensor) -> None:
         """Average += weight (fresh - average) at a place of a bank; keep the last two averages, if that is wanted."""
         if bank.recent is not None:
-            folded = (weight > 0)[:, None]
+            folded = weight > 0
             last, before = (kept[place] for kept in bank.recent)
             before.copy_(torch.where(folded, last, before))
             last.copy_(torch.where(folded, bank.averages[place], last))
-        bank.averages[place].lerp_(fresh, weight[:, None])
+        bank.averages[place].lerp_(fresh, weight)
 
     def _note_fold(
-        self, weight: Tensor, due: Tensor | None, traces: Tensor, turn: Collection[int] | None = None
+        self, weight: Tensor, due: Tensor | None, traces: Tensor, seen: Tensor, turn: Collection[int] | None = None
     ) -> None:
         """Count what was folded and what was discarded, note its traces, and empty the sums."""
-        self.folded_traces.copy_(torch.where(weight > 0, traces, 0.0))
-        samples = self.seen()
-        used = samples[self.owner] > 0
-        if due is not None:
-            used &= due
-        self.discarded.add_((used & (weight == 0)).sum())
-        self.folds.add_(weight > 0)
-        self.samples.copy_(torch.where(samples > 0, samples, self.samples))
+        folded = weight > 0
+        if known_true(folded):
+            self.folded_traces.copy_(traces)
+            self.samples.copy_(seen)
+        else:
+            self.folded_traces.copy_(torch.where(folded, traces, 0.0))
+            used = seen[self.owner] > 0
+            if due is not None:
+                used &= due
+            self.discarded.add_((used & (weight == 0)).sum())
+            self.samples.copy_(torch.where(seen > 0, seen, self.samples))
+        self.folds.add_(folded)
         self.forget(turn)
 
     def forget(self, turn: Collection[int] | None = None) -> None:
@@ -469,23 +460,9 @@ class FactorStore:
     # ---- region 2: averages into damped inverses
 
     def set_shifts_(self, damping: Tensor, relative: Tensor) -> None:
-        """What is added to each factor: lambda = damping + relative * mean eigenvalue, both per block, split by pi.
-
-        For factors with an eigenbasis it is lambda itself, which is added to products of eigenvalues.
-        """
+        """Split lambda = damping + relative * mean eigenvalue, both per block, between factors: see `Shares.shifts`."""
         traces = self.traces() if self.across is None else self.across(self.traces())
-        means = torch.zeros_like(traces).index_add_(0, self.first_row, traces) / self.dimensions  # NaN if not first
-        shifts = torch.empty_like(means)
-        if len(self.row_A):
-            pair, owner = (means[self.row_A], means[self.row_G]), self.owner[self.row_A]
-            damping_A, (mean_A, mean_G) = damping_of_blocks(pair, owner, damping, relative)
-            split, turned = kronecker_shifts(mean_A, mean_G, damping_A), self.turned[self.row_A]
-            shifts[self.row_A], shifts[self.row_G] = (torch.where(turned, damping_A, part) for part in split)
-        if len(self.row_F):
-            single, owner = (means[self.row_F],), self.owner[self.row_F]
-            shifts[self.row_F], _ = damping_of_blocks(single, owner, damping, relative)
-        least = torch.finfo(shifts.dtype).tiny ** 0.5  # without any damping a dead layer's factor is 0 + least
-        shifts = torch.where(shifts > 0, shifts, least)[self.first_row]
+        shifts = self.shares.shifts(traces, damping, relative)
         self.shifts.copy_(torch.where(self.folds > 0, shifts, 1.0))  # a layer not used yet: (0 + I)^-1 = I
 
     @stage("inverse", payload=inversion_cost)

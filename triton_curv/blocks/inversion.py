@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,43 +29,60 @@ if TYPE_CHECKING:
 PORTION = 1 << 26  # numbers in the matrices that are inverted in one call, which takes several times their memory
 
 
+class Renewal(NamedTuple):
+    """One call of `invert_`: what is added to each matrix of the store, and whether it is known that none has failed.
+
+    Ten times more is added for every failure in a row.
+    """
+
+    store: FactorStore
+    shifts: Tensor
+    calm: bool
+
+    def shifts_of(self, bank: Bank, place: slice) -> Tensor:
+        """What is added to the matrices of a part of a bank."""
+        return self.shifts[_rows(bank, place)]
+
+
 def invert_(store: FactorStore, pieces: Iterable[Piece]) -> None:
     """Recompute damped inverses, or eigenbases, of parts of banks from their averages."""
+    calm = known_true(store.failures + store.rungs == 0)
+    renewal = Renewal(store, raised(store.shifts, store.failures), calm)
     together: list[Piece] = []
     for bank, place in pieces:
         if bank.spectra is not None:
-            _decompose_(store, bank, place)
+            _decompose_(renewal, bank, place)
         elif store.inverse == "neumann" and bank.size > 2:
             together.append((bank, place))
         elif bank.wide and store.tolerance is not None:
             for row in range(place.start, place.stop):
-                _truncate_(store, bank, slice(row, row + 1), store.tolerance)
+                _truncate_(renewal, bank, slice(row, row + 1), store.tolerance)
         else:
-            _invert_densely_(store, bank, place, unpack(bank.averages[place], bank.size))
+            _invert_densely_(renewal, bank, place, unpack(bank.averages[place], bank.size))
     for some in _portions(together):
-        _iterate_(store, some)
+        _iterate_(renewal, some)
 
 
-def _invert_densely_(store: FactorStore, bank: Bank, place: slice, matrices: Tensor) -> None:
+def _invert_densely_(renewal: Renewal, bank: Bank, place: slice, matrices: Tensor) -> None:
     """By Cholesky; `matrices` are the averages, and are damped in place."""
-    damped = damp_(matrices, _shifts(store, bank, place))
-    _take_(store, bank, place, damped, damped_inverse(damped))
+    damped = damp_(matrices, renewal.shifts_of(bank, place))
+    _take_(renewal, bank, place, damped, damped_inverse(damped))
 
 
-def _truncate_(store: FactorStore, bank: Bank, place: slice, tolerance: float) -> None:
+def _truncate_(renewal: Renewal, bank: Bank, place: slice, tolerance: float) -> None:
     """A low-rank form of one inverse. Once that was not near enough the factor's inverses stay dense."""
-    matrices, current = unpack(bank.averages[place], bank.size, store.workspace.of(bank.size)), bank.inverses[place][0]
+    store, current = renewal.store, bank.inverses[place][0]
+    matrices = unpack(bank.averages[place], bank.size, store.workspace.of(bank.size))
     last, found = read(current), None
     if last is not None:
         start = last.basis if last.rank else None
-        found = truncate(matrices[0], float(_shifts(store, bank, place)), start, tolerance)
+        found = truncate(matrices[0], float(renewal.shifts_of(bank, place)), start, tolerance)
     store.forms += 1
     if found is None:
-        _invert_densely_(store, bank, place, matrices)
+        _invert_densely_(renewal, bank, place, matrices)
         return
     write_(current, found.form)
-    fine = torch.ones_like(store.failures[_rows(bank, place)], dtype=torch.bool)
-    _note(store, _rows(bank, place), fine, fine * found.error)
+    _note(renewal, _rows(bank, place), store.failures.new_ones(1, dtype=torch.bool), found.error)
 
 
 def _rows(bank: Bank, place: slice) -> slice:
@@ -73,40 +90,34 @@ def _rows(bank: Bank, place: slice) -> slice:
     return slice(bank.rows.start + place.start, bank.rows.start + place.stop)
 
 
-def _shifts(store: FactorStore, bank: Bank, place: slice) -> Tensor:
-    """What is added to the matrices: ten times more for every failure in a row."""
-    rows = _rows(bank, place)
-    return raised(store.shifts[rows], store.failures[rows])
-
-
-def _iterate_(store: FactorStore, pieces: Sequence[Piece]) -> None:
+def _iterate_(renewal: Renewal, pieces: Sequence[Piece]) -> None:
     """Damped inverses by hyperpower steps, all in one call."""
-    shifts = [_shifts(store, bank, place) for bank, place in pieces]
+    shifts = [renewal.shifts_of(bank, place) for bank, place in pieces]
     matrices = [unpack(bank.averages[place], bank.size) for bank, place in pieces]
     current = [bank.inverses[place] for bank, place in pieces]
-    results = hyperpower_inverses(matrices, shifts, current, store.iterations)
+    results = hyperpower_inverses(matrices, shifts, current, renewal.store.iterations)
     for (bank, place), matrix, shift, result in zip(pieces, matrices, shifts, results, strict=True):
-        _take_(store, bank, place, damp_(matrix, shift), result)
+        _take_(renewal, bank, place, damp_(matrix, shift), result)
 
 
-def _take_(store: FactorStore, bank: Bank, place: slice, damped: Tensor, result: Inversion) -> None:
+def _take_(renewal: Renewal, bank: Bank, place: slice, damped: Tensor, result: Inversion) -> None:
     """New inverses of a part of a bank, and the ladder for those that failed."""
-    rows, current, inverses = _rows(bank, place), bank.inverses[place], result.inverses
-    if not _note(store, rows, result.ok, result.residuals):
+    store, rows, current, inverses = renewal.store, _rows(bank, place), bank.inverses[place], result.inverses
+    if not _note(renewal, rows, result.ok, result.residuals):
         instead, rungs = stand_in(damped, current, store.failures[rows])
         inverses = torch.where(result.ok[:, None, None], inverses, instead)
         store.rungs[rows] = torch.where(result.ok, 0, rungs)
     current.copy_(inverses)
 
 
-def _decompose_(store: FactorStore, bank: Bank, place: slice) -> None:
+def _decompose_(renewal: Renewal, bank: Bank, place: slice) -> None:
     """Eigenbases of a part of a bank; where that fails the last ones, then the diagonal's, then the identity's."""
     assert bank.spectra is not None
-    rows, matrices = _rows(bank, place), unpack(bank.averages[place], bank.size)
+    store, rows, matrices = renewal.store, _rows(bank, place), unpack(bank.averages[place], bank.size)
     result = eigenbasis(matrices)
     bases, spectra = result.bases, result.spectra
     old_bases, old_spectra = bank.inverses[place], bank.spectra[place]
-    if not _note(store, rows, result.ok, result.residuals):
+    if not _note(renewal, rows, result.ok, result.residuals):
         identity = torch.eye(bank.size, dtype=bases.dtype, device=bases.device).expand_as(bases)
         diagonal = matrices.diagonal(dim1=-2, dim2=-1)
         usable = ((diagonal >= 0) & diagonal.isfinite()).all(-1)
@@ -121,13 +132,15 @@ def _decompose_(store: FactorStore, bank: Bank, place: slice) -> None:
     old_spectra.copy_(spectra)
 
 
-def _note(store: FactorStore, rows: slice, ok: Tensor, residuals: Tensor) -> bool:
+def _note(renewal: Renewal, rows: slice, ok: Tensor, residuals: Tensor | float) -> bool:
     """Count failures; True if it is known on the host that there is none."""
+    store, fine = renewal.store, known_true(ok)
     store.residuals[rows] = residuals
-    store.failures[rows] = torch.where(ok, 0, store.failures[rows] + 1)
-    store.rungs[rows] = 0
-    store.failed.add_((~ok).sum())
-    return known_true(ok)
+    if not (fine and renewal.calm):
+        store.failures[rows] = torch.where(ok, 0, store.failures[rows] + 1)
+        store.rungs[rows] = 0
+        store.failed.add_((~ok).sum())
+    return fine
 
 
 def _portions(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from triton_curv.hostcheck import known_true
+
 
 def samples_of(counts: Tensor, shared: Tensor, folded: Tensor, ranks: int = 1) -> Tensor:
     """N of each block, (blocks,), from `counts` (blocks, 1 + calls): rows, and samples of the first, second, ... calls.
@@ -11,6 +13,8 @@ def samples_of(counts: Tensor, shared: Tensor, folded: Tensor, ranks: int = 1) -
     these have no pending statistics, it is a share of 1 / ranks of what they had in the last fold, `folded`.
     """
     samples = counts[:, 1:].amax(1)
+    if known_true(shared == 0):
+        return samples
     pending, last = ((each * (1 - shared)).amax() for each in (samples, folded))
     others = torch.where(pending > 0, pending, last / ranks)
     return torch.where((shared > 0) & (samples > 0) & (others > 0), others, samples)

@@ -64,6 +64,9 @@ class Side:
     @stage(lambda side, *_: stage_of(side.name), payload=lambda side, sums, rows, *_: side._cost_of(rows))
     def accumulate_(self, sums: Mapping[str, Tensor], rows: Tensor, ones: bool = False, scale: float = 1.0) -> None:
         """Factor += scale X^T X of rows (k, n) or (groups, k, n); with `ones` a last coordinate is 1 in every row."""
+        if self.groups == 1 and all(shape.size == self.size for shape in self.shapes.values()):
+            add_product_(sums[self.name][0], rows if rows.dim() == 2 else rows[0], scale, ones=ones)
+            return
         rows = rows if rows.dim() == 3 else rows[None]
         if self.diagonal:
             total = sums[self.name].view(self.groups, self.size)

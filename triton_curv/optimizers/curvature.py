@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from triton_curv.blocks import Block, FactorStore, Rule
 from triton_curv.blocks.bank import FactorKey, Normalisation
-from triton_curv.blocks.centre import centred_blocks, gradients_of_biases, means_of
+from triton_curv.blocks.centre import centred_blocks, gradients_of_biases, means_of, outer
 from triton_curv.blocks.cost import inversion_work
 from triton_curv.blocks.moments import Moments, has_sample_rows
 from triton_curv.blocks.store_cost import fold_cost
@@ -133,13 +133,14 @@ class Curvature:
         factors = {name: self.store.peek(key, how) for name, key in block.keys.items()}
         pending = self.store.held is None  # on several ranks `peek` leaves out what has not been folded
         blocks = centred_blocks([block]) if self.options.centred and pending else []
-        gradients = gradients_of_biases(blocks, self.store.samples)
-        counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
-        for key, mean in means_of(blocks, gradients, counts, how, self.options.loss_scale).items():
-            rows = self.store.rows(key)
+        if blocks:
+            gradients = gradients_of_biases(blocks, self.store.samples)
+            counts = torch.stack((self.store.counts[:, 0], self.store.seen()))
+            means = means_of(blocks, gradients, counts, how, self.options.loss_scale)
+            (key,), (signal,), rows = means.keys, means.signals, self.store.rows(means.keys[0])
             scale, weight = (vector[rows] for vector in self.store.pending(how))
-            weight = weight * mean.weight(self.store.traces(sums=True)[rows] * scale)
-            factors[key.name].sub_(mean.outer(self.store.size(key)) * weight[:, None, None])
+            (most,) = means.weights([self.store.traces(sums=True)[rows] * scale])
+            factors[key.name].sub_(outer(signal, self.store.size(key)) * (weight * most)[:, None, None])
         return factors
 
     def count(self, units: float | Tensor | None, mask: Tensor | None) -> None:
@@ -172,7 +173,7 @@ class Curvature:
             block.moments.sums.zero_()
 
     def drop_left_out(self) -> None:
-        """Drop the statistics of a step that a GradScaler left out, of another scale: the model's `zero_grad` doesn't."""
+        """Drop the statistics of a step that a GradScaler left out, if the model's `zero_grad` has left them."""
         if self.left_out.seen():
             self.drop()
 

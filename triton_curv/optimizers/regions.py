@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_curv.blocks import Block, FactorStore
 from triton_curv.blocks.bank import FactorKey, Normalisation
-from triton_curv.blocks.centre import Mean, centre_, gradients_of_biases, means_of
+from triton_curv.blocks.centre import Means, centre_, gradients_of_biases, means_of
 from triton_curv.graphs import Graphs
 from triton_curv.optimizers.apply import Work, apply_
 from triton_curv.optimizers.exchange import Exchange
@@ -62,7 +62,7 @@ def fold_(
     """
     if turn is not None:
         folded = folded._replace(centred=[block for block in folded.centred if block.index in turn])
-    means: dict[FactorKey, Mean] = {}
+    means: Means | None = None
     before, moving = store.folds, folded.moving
     if folded.centred:
         gradients = gradients_of_biases(folded.centred, store.samples)
@@ -78,7 +78,8 @@ def fold_(
             block.moments.fold_(torch.where(weight[rows] > 0, scale[rows], 0.0), how.decay)
             block.renew_gains_()
     exchange.fold_(store, how, due, turn)
-    centre_(store, means, before, how.decay)
+    if means is not None:
+        centre_(store, means, before, how.decay)
 
 
 def refresh_(
