@@ -123,6 +123,7 @@ READERS = (
     "triton_curv.blocks.centre.known_true",
     "triton_curv.blocks.samples.known_true",
     "triton_curv.blocks.inversion.known_true",
+    "triton_curv.blocks.shifts.known_true",
     "triton_curv.optimizers.apply.known_true",
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",
