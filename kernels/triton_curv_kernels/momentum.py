@@ -331,7 +331,7 @@ def momentum_update_(
         _check(params, momentum_buffers, updates, scales, hyper, rescale)
         lists = (params, momentum_buffers, updates)
         if not coupled and rescale is None and runs_on_host(*lists):
-            momentum_update_on_host_(*lists, scales, hyper)
+            momentum_update_on_host_(*lists, torch.stack(list(scales)).tolist(), hyper.tolist())
             return
         momentum_update_reference(params, momentum_buffers, updates, scales, hyper, coupled=coupled, rescale=rescale)
     else:

@@ -34,14 +34,19 @@ def assert_plain(optimizer: tc.KFAC, factor_G: float = 1.0) -> None:
         torch.testing.assert_close(factors_of(optimizer)[key], scale * value, rtol=1e-5, atol=1e-9)
 
 
-def test_a_step_that_a_grad_scaler_leaves_out() -> None:
+@pytest.mark.parametrize("says_units", [False, True])
+@pytest.mark.parametrize("zeroed", ["optimizer", "model"])
+def test_a_step_that_a_grad_scaler_leaves_out(zeroed: str, says_units: bool) -> None:
     """Only one gradient overflowed; the finite statistics of the others carry the old scale."""
     model = net()
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     optimizer = kfac(model, grad_scaler=scaler)
     for overflows in (True, False):
-        optimizer.zero_grad()
-        scaler.scale(cross_entropy(model(X), Y)).backward()
+        (optimizer if zeroed == "optimizer" else model).zero_grad()
+        for part in (slice(0, 2), slice(2, 8)):  # micro-batches stay together
+            if says_units:
+                optimizer.count(len(Y[part]))
+            scaler.scale(cross_entropy(model(X[part]), Y[part]) * len(Y[part]) / len(Y)).backward()
         if overflows:
             grad = model.get_parameter("0.weight").grad
             assert grad is not None

@@ -123,10 +123,12 @@ READERS = (
     "triton_curv.blocks.centre.known_true",
     "triton_curv.blocks.samples.known_true",
     "triton_curv.blocks.inversion.known_true",
+    "triton_curv.blocks.shifts.known_true",
     "triton_curv.optimizers.apply.known_true",
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",
     "triton_curv.optimizers.hyper.on_host",
+    "triton_curv.optimizers.host_moves.on_host",
     "triton_curv_kernels.momentum.runs_on_host",
 )
 INJECTIONS = ["gradient", "statistics", "nan", "inf", "indefinite", "throws", "residual"]

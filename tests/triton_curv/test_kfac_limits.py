@@ -1,14 +1,16 @@
-"""Limits of the damping: infinite gives the gradient, zero solves linear least squares in one step."""
+"""Limits of the damping: infinite gives the gradient, zero solves least squares in one step; layers without any."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 
+import triton_curv as tc
 from tests.support.capture import captured
 from tests.support.dense import WeightLayer, gauss_newton_batch, join, relative_error
 
@@ -94,3 +96,47 @@ def test_one_undamped_step_solves_linear_least_squares(
     expected = torch.linalg.lstsq(columns, y).solution.mT
     bias = None if layer.bias is None else layer.bias.detach()
     assert relative_error(join(layer, layer.weight.detach(), bias)[0], expected) < 1e-8
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter whose second half starts at 0: its first half has no gradient at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.norm = nn.Linear(40, 6), nn.LayerNorm(6)
+        self.base.requires_grad_(False)
+        self.down, self.up, self.head = nn.Linear(40, 3, bias=False), nn.Linear(3, 6, bias=False), nn.Linear(6, 3)
+        self.gate = 0.0
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.base(x) + self.up(self.down(x)))
+        out: Tensor = self.head(y) + self.gate * self.norm(y)[:, :3]
+        return out
+
+
+@pytest.mark.parametrize("update_size", ["matched", "kl_clip", "none"])
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "neumann"])
+def test_layers_without_curvature_yet_are_no_failure_and_start_gently(inverse: Any, update_size: Any) -> None:
+    """G, or a norm's F, is exactly 0 in the only statistics, and so is the damping; A has fewer rows than columns."""
+    model = Adapted()
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 40, generator=generator), torch.arange(9) % 3
+    optimizer = tc.KFAC(
+        model, lr=0.01, inverse=inverse, update_size=update_size, factor_interval=100, inverse_interval=100
+    )
+    losses = []
+    for step in range(12):
+        model.gate = float(step > 3)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert not optimizer.blocks["down"].factors()["G"].any()
+    assert not optimizer.blocks["norm"].factors()["F"].any()
+    assert optimizer.health()["optimizer"]["failed_inverses"] == 0
+    assert max(losses[:4]) == losses[0]
+    assert max(losses[4:]) == losses[4]
+    assert losses[-1] < losses[4]

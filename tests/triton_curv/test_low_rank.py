@@ -45,7 +45,7 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
 @pytest.mark.parametrize("tolerance", [1.0, 2.0])
 def test_error_stays_within_the_bound(spectrum: Tensor, tolerance: float) -> None:
-    """Within 1.2 times when the basis has had some renewals; before that, and when the matrix moves, within 2.2."""
+    """Within 1.3 times, from random rows, with the basis of the last time, and while the matrix moves."""
     matrix, other = planted(spectrum.double()), planted(spectrum.double(), seed=1)
     shift, start = 0.5 * float(spectrum.mean()), None
     for renewal in range(10):
@@ -53,8 +53,7 @@ def test_error_stays_within_the_bound(spectrum: Tensor, tolerance: float) -> Non
         found = truncate(moved, shift, start, tolerance)
         assert found is not None
         assert found.error <= tolerance
-        slack = 1.2 if renewal in (4, 9) else 2.2
-        assert error_of(found.form, moved, shift) <= slack * found.error + 1e-10
+        assert error_of(found.form, moved, shift) <= 1.3 * found.error + 1e-10
         start = found.form.basis
         assert (start @ start.mT - torch.eye(len(start), dtype=start.dtype)).abs().max() < 1e-12
 
@@ -230,6 +229,26 @@ def test_failing_factor_keeps_its_form_and_then_falls() -> None:
         optimizer._curvature.invert()
     assert optimizer.health()["0"]["rung"] == "identity"
     assert "A" not in block.forms()
+
+
+def test_library_that_throws_leaves_it_to_the_dense_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has a ladder of its own; memory that runs out is an error."""
+
+    def throwing(error: Exception) -> Any:
+        def eigh(*_: object) -> Any:
+            raise error
+
+        return eigh
+
+    model = wide_net()
+    optimizer = kfac(model)
+    monkeypatch.setattr(torch.linalg, "eigh", throwing(RuntimeError("injected")))
+    train(optimizer, model, range(1))
+    assert optimizer.health()["0"]["ranks"] == {}
+    assert optimizer.health()["0"]["rung"] == "fresh"
+    monkeypatch.setattr(torch.linalg, "eigh", throwing(torch.OutOfMemoryError("injected")))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(kfac(model), model, range(1))
 
 
 def test_dense_in_compiled_steps() -> None:

@@ -18,6 +18,7 @@ BLIND = (
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",
     "triton_curv.optimizers.hyper.on_host",
+    "triton_curv.optimizers.host_moves.on_host",
     "triton_curv_kernels.momentum.runs_on_host",
 )
 

@@ -1,5 +1,6 @@
 """What damps each factor matrix: lambda of its block, split between A and G."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from triton_curv.blocks.rule import FactorShape
 from triton_curv.damping import kronecker_shifts
+from triton_curv.hostcheck import known_true
 
 
 class Members(NamedTuple):
@@ -24,8 +26,22 @@ class Members(NamedTuple):
         numbers = torch.zeros_like(like).index_add_(0, owner[index], like.new_ones(len(rows)))
         return cls(index, owner[index], numbers)
 
-    def damping(self, curvature: Tensor, damping: Tensor, relative: Tensor) -> Tensor:
-        """lambda of each; its relative part is measured over the whole block, so that a dead group is damped."""
+    def damping(self, means: Sequence[Tensor], damping: Tensor, relative: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """lambda of each, damping + relative * curvature, and the mean eigenvalues of A and G, or F, that go with it.
+
+        Curvature is the mean of their product over the whole block, so that a dead group is damped. Where that leaves
+        lambda 0 (a dead layer, an adapter whose other half is still 0) 1 stands for the means that are 0: else nothing
+        would bound the step of its first gradient.
+        """
+        lambdas = self._lambdas(means, damping, relative)
+        if known_true(lambdas > 0):
+            return lambdas, means
+        alive, dead = [torch.where(mean == 0, 1.0, mean) for mean in means], lambdas == 0
+        lambdas = torch.where(dead, self._lambdas(alive, damping, relative), lambdas)
+        return lambdas, [torch.where(dead, a, mean) for a, mean in zip(alive, means, strict=True)]
+
+    def _lambdas(self, means: Sequence[Tensor], damping: Tensor, relative: Tensor) -> Tensor:
+        curvature = math.prod(means[1:], start=means[0])
         total = torch.zeros_like(self.numbers).index_add_(0, self.owner, curvature)
         return (damping + relative * total / self.numbers)[self.owner]
 
@@ -78,13 +94,13 @@ class Shares:
         means = torch.zeros_like(traces).index_add_(0, self.first_row, traces) / self.dimensions  # NaN if not first
         shifts = torch.empty_like(means)
         if len(self.row_G):
-            mean_A, mean_G = means[self.A.rows], means[self.row_G]
-            damping_A = self.A.damping(mean_A * mean_G, damping, relative)
+            of_pairs = (means[self.A.rows], means[self.row_G])
+            damping_A, (mean_A, mean_G) = self.A.damping(of_pairs, damping, relative)
             split = kronecker_shifts(mean_A, mean_G, damping_A)
             if self.turned is not None:
                 split = torch.where(self.turned, damping_A, split[0]), torch.where(self.turned, damping_A, split[1])
             shifts[self.A.rows], shifts[self.row_G] = split
         if len(self.F.rows):
-            shifts[self.F.rows] = self.F.damping(means[self.F.rows], damping, relative)
-        least = torch.finfo(shifts.dtype).tiny ** 0.5  # for a dead layer: its factor is 0, and so is lambda
+            shifts[self.F.rows], _ = self.F.damping((means[self.F.rows],), damping, relative)
+        least = torch.finfo(shifts.dtype).tiny ** 0.5  # for a dead layer without any damping
         return torch.where(shifts > 0, shifts, least)[self.first_row]

@@ -103,6 +103,7 @@ class CaptureSwitch:
         self.recording = records
         self.traced = False
         self.watch: Watch | None = None
+        self.on_forward: Callable[[], None] | None = None  # called before the model's eager forwards
         self.meter: dict[int, float] | None = None
         # A root of every tapped graph: a backward pass to it alone visits all taps and makes no weight gradient.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -217,6 +218,8 @@ class ModelHook:
     def __call__(self, module: Module, args: tuple[Any, ...]) -> None:
         """Before the model's forward."""
         if self.switch.enabled:
+            if self.switch.on_forward is not None and not torch.compiler.is_compiling():
+                self.switch.on_forward()
             begin_forward(self.switch.name)
 
     def __reduce__(self) -> tuple[Callable[[], "NoHook"], tuple[()]]:

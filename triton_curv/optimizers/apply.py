@@ -12,7 +12,8 @@ from triton_curv.hostcheck import known_true
 from triton_curv.nvtx import stage
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fallback import FALLBACKS, Loose
-from triton_curv.optimizers.hyper import corrected
+from triton_curv.optimizers.host_moves import HostMove, all_finite, moves_on_host, moves_on_host_
+from triton_curv.optimizers.hyper import corrected, corrected_numbers
 from triton_curv.optimizers.hyper_slots import OF_UPDATE, SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions
 from triton_curv.optimizers.matrices import Lists
@@ -42,7 +43,6 @@ def apply_(
     Where a gradient is not finite nothing changes but the count `skipped`. `steps` (1,) counts the
     step either way. Returns whether all are finite, ().
     """
-    work = [each._replace(hyper=corrected(each.hyper, steps, options.nesterov)) for each in work]
     every = [each.lists for each in work]
     for lists in every:
         for buffer in lists.stale:
@@ -52,22 +52,66 @@ def apply_(
     exchange.updates_(every)
     norms = exchange.norms(every, sums)
     of_loose = [torch.stack(torch._foreach_norm(each.grads, 2, samples.dtype)) for each in loose]  # fp16 ends at 65504
-    finite = exchange.agreed(torch.cat([*norms, *of_loose, samples.new_zeros(1)]).sum().isfinite())
-    healthy = known_true(finite)
-    if not healthy:
-        skipped.add_(~finite)
-    sizes = [Sizes(each.lists.root_sizes, each.lists.fan_scales, each.hyper) for each in work]
-    matched = options.update_size == "matched" and work
-    agreed = agreement(sizes, exchange.momentum_norms(every), options) if matched else None
-    of_blocks = scales(sizes, norms, lambda: exchange.products(every, sums), options)
-    for each, scale in zip(work, of_blocks, strict=True):
-        move_(each, scale, agreed, None if healthy else finite)
+    if moves_on_host(every, steps, options):
+        finite = _move_on_host_(work, norms, of_loose, steps, skipped, options, exchange)
+    else:
+        finite = _move_(work, norms, of_loose, sums, steps, skipped, options, exchange)
     if options.rescale != "none":
         fans = [(p, d) for each in work for p, d in zip(each.lists.params, each.lists.fans_out, strict=True) if d]
         rescale_(fans, options.rescale, finite, exchange.whole_norms)
     for group in loose:
         FALLBACKS[options.fallback].update(group, finite)
     steps.add_(1)
+    return finite
+
+
+def _move_(
+    work: Sequence[Work],
+    norms: Sequence[Tensor],
+    of_loose: Sequence[Tensor],
+    sums: Sequence[Sums | None],
+    steps: Tensor,
+    skipped: Tensor,
+    options: KFACOptions,
+    exchange: Exchange,
+) -> Tensor:
+    """All groups with blocks, given norms of their updates and of other gradients; whether these are finite, ()."""
+    finite = exchange.agreed(torch.cat([*norms, *of_loose, steps.new_zeros(1)]).sum().isfinite())
+    healthy = known_true(finite)
+    if not healthy:
+        skipped.add_(~finite)
+    work = [each._replace(hyper=corrected(each.hyper, steps, options.nesterov)) for each in work]
+    every = [each.lists for each in work]
+    sizes = [Sizes(each.lists.root_sizes, each.lists.fan_scales, each.hyper) for each in work]
+    matched = options.update_size == "matched" and work
+    agreed = agreement(sizes, exchange.momentum_norms(every), options) if matched else None
+    of_blocks = scales(sizes, norms, lambda: exchange.products(every, sums), options)
+    for each, scale in zip(work, of_blocks, strict=True):
+        move_(each, scale, agreed, None if healthy else finite)
+    return finite
+
+
+def _move_on_host_(
+    work: Sequence[Work],
+    norms: Sequence[Tensor],
+    of_loose: Sequence[Tensor],
+    steps: Tensor,
+    skipped: Tensor,
+    options: KFACOptions,
+    exchange: Exchange,
+) -> Tensor:
+    """The same where `moves_on_host`."""
+    numbers = [norm.tolist() for norm in norms]
+    finite = exchange.agreed(all_finite(numbers, of_loose))
+    if not finite:
+        skipped.add_(1)
+        return finite
+    past = float(steps)
+    moves = [HostMove(each.lists, corrected_numbers(each.hyper.tolist(), past, options.nesterov)) for each in work]
+    of_momenta = None
+    if options.update_size == "matched":
+        of_momenta = [norm.tolist() for norm in exchange.momentum_norms([each.lists for each in work])]
+    moves_on_host_(moves, numbers, of_momenta, options)
     return finite
 
 

@@ -16,11 +16,13 @@ from triton_curv.capture import CaptureSwitch, attach_taps
 from triton_curv.errors import ConfigurationError, NoStatisticsError
 from triton_curv.health import EVENTS, HealthMonitor
 from triton_curv.nvtx import stage
+from triton_curv.optimizers.copies import weakly
 from triton_curv.optimizers.exchange import Exchange
 from triton_curv.optimizers.fisher import Loss, signals
 from triton_curv.optimizers.hyper_slots import SLOT
 from triton_curv.optimizers.kfac_options import KFACOptions, due_blocks, refresh_parts
 from triton_curv.optimizers.regions import Folded, Lambdas, Regions
+from triton_curv.optimizers.scaler import LeftOut
 from triton_curv.optimizers.traced import ALL, IDLE, Plan, register_store
 from triton_curv.optimizers.turns import PERIODS, Turns
 
@@ -49,6 +51,7 @@ class Curvature:
         self.options = options
         self.clock = clock
         self._scaler = grad_scaler
+        self.left_out = LeftOut(grad_scaler)
         self._current_rows = current_rows
         self.exchange = exchange
         self.regions = regions
@@ -86,12 +89,15 @@ class Curvature:
         if self.turns.wanted:
             self.switch.meter = {}
         self.mixed = False  # whether blocks whose turn it is not may have pending statistics
+        if grad_scaler is not None:
+            self.switch.on_forward = weakly(self.drop_left_out)
         self.handles = attach_taps(model, self.blocks.values(), self.switch)
         self.inverted = False
         self.any_seen = self.all_seen = False  # whether statistics of any block, of all blocks, have come
         self.sampled = False  # whether `sample_fisher` has run since the last fold
         self.draws = 0  # calls of it in this step
         self._ahead: Tensor | float = 0.0  # what `count` last said, if it was beside gradients
+        self._mark: Tensor | None = None  # and the counts of then
         self.events = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
         self.store.discarded, self.store.failed = self.events[1], self.events[2]
         self.monitor = HealthMonitor(self.events, quiet=exchange.place > 0)
@@ -143,23 +149,33 @@ class Curvature:
             raise ConfigurationError(f"expected a boolean mask, True at real positions, got {mask.dtype}")
         if not self.switch.enabled:
             return
+        self.drop_left_out()
         if units is None and mask is not None:
             units = mask.sum()
         if units is not None and self.options.fisher == "empirical":  # sample_fisher counts its own
             self.store.add_units(units)
             # beside gradients: for those of another micro-batch, or for what comes after `zero_grad()`
-            self._ahead = units if self.with_gradients() else 0.0
+            beside = bool(self.with_gradients())
+            self._ahead, self._mark = (units, self.store.counts.clone()) if beside else (0.0, None)
         self.switch.mask = mask
 
     def drop(self) -> None:
         """The gradients of the backward passes since the last step are dropped, and their statistics with them."""
         if not self.switch.enabled or self.options.fisher != "empirical":  # sampled statistics are not of gradients
             return
-        self.store.drop_(self._ahead)
-        self._ahead = 0.0
+        ahead = self._ahead
+        if self._mark is not None:  # backward passes since then were what it was said of
+            ahead = torch.where((self.store.counts == self._mark).all(), ahead, 0.0)
+        self.store.drop_(ahead)
+        self._ahead, self._mark = 0.0, None
         for block in self.moving:
             assert block.moments is not None
             block.moments.sums.zero_()
+
+    def drop_left_out(self) -> None:
+        """Drop the statistics of a step that a GradScaler left out, if the model's `zero_grad` has left them."""
+        if self.left_out.seen():
+            self.drop()
 
     def sample_fisher(self, output: Tensor, loss: Loss, *, mask: Tensor | None = None, dim: int = -1) -> None:
         """See `KFAC.sample_fisher`."""
@@ -202,7 +218,7 @@ class Curvature:
         self.regions.fold(store, self.folded, how, due, self.exchange, turn)
         self.sampled = self.mixed = False
         self.draws = 0
-        self._ahead = 0.0
+        self._ahead, self._mark = 0.0, None
         if self.turns.wanted:
             self._weigh()
 
@@ -379,7 +395,7 @@ class Curvature:
                 self.check_sampled()
             if not self.all_seen:
                 self.check_taps(pending, with_gradients)
-            self.sampled, self.draws, self._ahead = False, 0, 0.0
+            self.sampled, self.draws, self._ahead, self._mark = False, 0, 0.0, None
         part = int(plan.part)
         if part != IDLE and self.any_seen:
             self.note_renewal(steps, part)

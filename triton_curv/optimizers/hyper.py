@@ -38,18 +38,22 @@ def corrected(hyper: Tensor, steps: Tensor, nesterov: bool) -> Tensor:
 
     On the device, where the steps are counted: in a CUDA graph that is replayed, too, they go on.
     """
-    if on_host(hyper):  # as Python numbers: a dozen calls less
-        row, past = hyper.tolist(), float(steps)
-        bias = 1 - row[SLOT["corrects"]] * row[SLOT["momentum"]] ** (past + 1 + nesterov)
-        for name in ("momentum_weight", "update_weight"):
-            row[SLOT[name]] /= bias
-        row[SLOT["settled"]] = 1 - row[SLOT["momentum"]] ** past
-        return torch.tensor(row, dtype=hyper.dtype)
+    if on_host(hyper):
+        return torch.tensor(corrected_numbers(hyper.tolist(), float(steps), nesterov), dtype=hyper.dtype)
     momentum, corrects = hyper[SLOT["momentum"]], hyper[SLOT["corrects"]]
     bias = 1 - corrects * momentum ** (steps + 1 + nesterov)
     weights, settled = slice(SLOT["momentum_weight"], SLOT["update_weight"] + 1), SLOT["settled"]
     before, between = hyper[: weights.start], hyper[weights.stop : settled]
     return torch.cat([before, hyper[weights] / bias, between, 1 - momentum**steps, hyper[settled + 1 :]])
+
+
+def corrected_numbers(row: list[float], past: float, nesterov: bool) -> list[float]:
+    """`corrected` of a row of numbers, changed in place."""
+    bias = 1 - row[SLOT["corrects"]] * row[SLOT["momentum"]] ** (past + 1 + nesterov)
+    for name in ("momentum_weight", "update_weight"):
+        row[SLOT[name]] /= bias
+    row[SLOT["settled"]] = 1 - row[SLOT["momentum"]] ** past
+    return row
 
 
 def write_rows_(

@@ -399,6 +399,7 @@ class KFAC(Rebuilt):
         for group in self.param_groups:
             group["step"] = steps
         self._switch.mask = None
+        self._curvature.left_out.note_step()
         self._switch.begin_step(self._curvature.wanted(steps))
         self._plan = self._curvature.plan(steps)
 

@@ -60,6 +60,7 @@ class Lists(NamedTuple):
     block_indices: list[int]
     fans_out: list[int]
     row_momenta: Sequence[Tensor] = ()  # where a block's lies in one piece
+    host_sizes: Sequence[tuple[float, float]] = ()  # root_sizes and fan_scales as numbers, where blocks are whole
     stale: Sequence[Tensor] = ()  # whole buffers, in which other blocks have left what must not enter sums
 
 
@@ -219,4 +220,5 @@ class MatrixGroup:
             block_indices=[row.block.index for row in rows],
             fans_out=[part.fan_out for part in parts],
             row_momenta=[row.momentum for row in rows],
+            host_sizes=[(row.block.matrix_size**0.5, fan_scale(row.block.rule)) for row in rows],
         )
