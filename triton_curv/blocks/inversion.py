@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_curv.blocks.low_rank import read, truncate, write_
-from triton_curv.hostcheck import known_true
+from triton_curv.hostcheck import known_true, on_host
 from triton_curv.inverse import (
     Inversion,
     damp_,
@@ -46,7 +46,7 @@ class Renewal(NamedTuple):
 
 def invert_(store: FactorStore, pieces: Iterable[Piece]) -> None:
     """Recompute damped inverses, or eigenbases, of parts of banks from their averages."""
-    calm = known_true(store.failures + store.rungs == 0)
+    calm = on_host(store.failures) and known_true(store.failures + store.rungs == 0)
     renewal = Renewal(store, raised(store.shifts, store.failures), calm)
     together: list[Piece] = []
     for bank, place in pieces:

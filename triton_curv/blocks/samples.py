@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from triton_curv.hostcheck import known_true
+from triton_curv.hostcheck import known_true, on_host
 
 
 def samples_of(counts: Tensor, shared: Tensor, folded: Tensor, ranks: int = 1) -> Tensor:
@@ -13,7 +13,7 @@ def samples_of(counts: Tensor, shared: Tensor, folded: Tensor, ranks: int = 1) -
     these have no pending statistics, it is a share of 1 / ranks of what they had in the last fold, `folded`.
     """
     samples = counts[:, 1:].amax(1)
-    if known_true(shared == 0):
+    if on_host(shared) and known_true(shared == 0):
         return samples
     pending, last = ((each * (1 - shared)).amax() for each in (samples, folded))
     others = torch.where(pending > 0, pending, last / ranks)
