@@ -1,7 +1,10 @@
-"""Is a step with a refresh a spike? p99 / median of the step time of K-FAC, by its options, and of SGD.
+"""What steps of K-FAC cost beside SGD's, and is one with a refresh a spike? By its options.
 
-python -m profiles.bench_step_spread [SCENARIO] [--cases NAME,...] [--steps N] [--csv FILE]
+python -m profiles.bench_step_spread [SCENARIO ...] [--cases NAME,...] [--steps N] [--repeats N] [--csv FILE]
     appends to profiles/results/step_spread.csv
+
+p99 / median of the time of a step; mean of the first 40 steps, where statistics are renewed most often, and of all,
+over SGD's mean of the same run.
 
 Process CPU time of forward, backward, step() and zero_grad(), one thread. Optimizers take turns, and each runs
 `--repeats` times from the same start; a step's time is the minimum over the repeats: what else the machine does drops
@@ -22,6 +25,7 @@ from triton_curv.scenarios import get_scenario
 from triton_curv.training.timing import one_thread
 from triton_curv.training.trainer import Trainer
 
+START = 40
 CASES: Mapping[str, Mapping[str, Any] | None] = {
     "sgd": None,
     "all": {},
@@ -48,32 +52,28 @@ def step_milliseconds(scenario: str, options: Mapping[str, Any] | None, steps: i
     return times
 
 
-def main() -> None:
-    """Measure, print, append rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario", nargs="?", default="mnist5k-resnet")
-    parser.add_argument("--cases", default="sgd,all,even", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "step_spread.csv")
-    arguments = parser.parse_args()
+def measure(scenario: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """One row for each case; prints it."""
     best: dict[str, torch.Tensor] = {}
-    with one_thread():
-        for _ in range(arguments.repeats):
-            for case in arguments.cases.split(","):
-                times = torch.tensor(step_milliseconds(arguments.scenario, CASES[case], arguments.steps))
-                best[case] = torch.minimum(best.get(case, times), times)
+    for _ in range(arguments.repeats):
+        for case in arguments.cases.split(","):
+            times = torch.tensor(step_milliseconds(scenario, CASES[case], arguments.steps))
+            best[case] = torch.minimum(best.get(case, times), times)
+    of_sgd = float(best["sgd"].mean()) if "sgd" in best else float("nan")
     rows: list[dict[str, object]] = []
     for case, times in best.items():
         options = CASES[case]
-        median, p99 = float(times.median()), float(times.quantile(0.99))
+        median, p99, mean = float(times.median()), float(times.quantile(0.99)), float(times.mean())
+        start, whole = float(times[:START].mean()) / of_sgd, mean / of_sgd
         print(
-            f"{case:8} mean {float(times.mean()):.2f} ms  median {median:.2f} ms  p99 {p99:.2f} ms  "
-            f"p99/median {p99 / median:.2f}  longest/median {float(times.max()) / median:.2f}"
+            f"{scenario} {case:8} mean {mean:.2f} ms  median {median:.2f} ms  p99 {p99:.2f} ms  "
+            f"p99/median {p99 / median:.2f}  longest/median {float(times.max()) / median:.2f}  "
+            f"SGD steps, first {START}: {start:.2f}, all: {whole:.2f}",
+            flush=True,
         )
         rows.append(
             {
-                "scenario": arguments.scenario,
+                "scenario": scenario,
                 "refresh_budget": "" if options is None else options.get("refresh_budget", "all"),
                 "steps": arguments.steps,
                 "repeats": arguments.repeats,
@@ -82,10 +82,26 @@ def main() -> None:
                 "p99_over_median": p99 / median,
                 "longest_over_median": float(times.max()) / median,
                 "conv_samples": "" if options is None else options.get("conv_samples", 0),
-                "mean_ms": float(times.mean()),
+                "mean_ms": mean,
                 "optimizer": "sgd" if options is None else "kfac",
+                f"first_{START}_over_sgd": start,
+                "all_over_sgd": whole,
             }
         )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, append rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", default=["mnist5k-resnet"], metavar="SCENARIO")
+    parser.add_argument("--cases", default="sgd,all,even", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "step_spread.csv")
+    arguments = parser.parse_args()
+    with one_thread():
+        rows = [row for scenario in arguments.scenarios for row in measure(scenario, arguments)]
     append_rows(arguments.csv, rows, torch.device("cpu"))
 
 

@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 
 from triton_curv.scenarios import SCENARIOS, get_scenario
+from triton_curv.schedules import GROWING
 from triton_curv.training.environment import commit, hardware
 from triton_curv.training.optimizers import CLOSURES, OPTIMIZERS
 from triton_curv.training.timing import one_thread
 from triton_curv.training.trainer import Trainer
 
 ROUNDS = 25
-CYCLE = 20
+CYCLE = GROWING.most  # steps from one renewal to the next, once training has begun
 FIELDS = ["date", "commit", "cpu", "torch", "scenario", "optimizer", "step_ms", "step_ratio", "optimizer_ms"]
 
 
