@@ -69,8 +69,9 @@ def draw(found: Curves, rows: Rows, tasks: Sequence[str], peers: Sequence[str], 
             axis.set_yscale("log")
             axis.set_title(task, fontsize=10)
             axis.set_xlabel(unit, fontsize=8)
-        limit = max(axes[lines + line][column].get_xlim()[1] * 0.25, 1e-3)
-        axes[lines + line][column].set_xlim(0, limit)
+        ends = sorted(_end(found[task, peer], rows[task, peer]) for peer in peers if (task, peer) in found)
+        if len(ends) > 1:
+            axes[lines + line][column].set_xlim(0, ends[-2])  # the slowest would hide the others
     axes[0][0].legend(fontsize=8)
     for place in range(len(tasks), columns * lines):
         for line in (place // columns, lines + place // columns):
@@ -78,6 +79,11 @@ def draw(found: Curves, rows: Rows, tasks: Sequence[str], peers: Sequence[str], 
     figure.suptitle("Training loss at each optimizer's best rate; dotted: the target")
     figure.savefig(path, dpi=75)
     plt.close(figure)
+
+
+def _end(runs: Sequence[Sequence[Point]], row: Mapping[str, str]) -> float:
+    """CPU seconds of the longest run."""
+    return max(run[-1][0] for run in runs) * float(row["step_ms"]) / 1e3
 
 
 def main() -> None:
