@@ -119,6 +119,8 @@ class LevenbergMarquardt:
 
     The ratio is measured every `interval` steps. `least` and `most` bound the damping that is adapted: for KFAC its
     multiplier, for SGN rho. With `reject`, a measured step after which the loss is higher, or no number, is taken back.
+    KFAC's inverses have the new lambda from their next renewal on: with `reject`, renew them every `interval` steps or
+    oftener, or the next step may fail like the last.
     Source: Martens and Grosse 2015 section 6.5; arXiv 2006.02409, the authors' code (3/2, 2/3, 1/4, 3/4).
     """
 

@@ -71,7 +71,8 @@ def unpack(packed: Tensor, n: int, out: Tensor | None = None) -> Tensor:
 def _mirror_(matrix: Tensor) -> None:
     """The lower triangle of (n, n) onto the upper one by blocks, which stay in the cache while they are transposed."""
     if len(matrix) <= SMALL_BLOCK:
-        matrix.tril_().add_(matrix.tril(-1).T)
+        upper = matrix.tril_().T.clone(memory_format=torch.contiguous_format)
+        matrix.tril_(-1).add_(upper)  # in place, which only writes zeros: a third of the time of `tril`
         return
     (first, above), (below, last) = _quarters(matrix, len(matrix) // 2)
     above.copy_(below.T)

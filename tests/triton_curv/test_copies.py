@@ -26,6 +26,8 @@ def pickled(thing: Any) -> Any:
 BUILDS: dict[str, Any] = {
     "kfac": lambda m: tc.KFAC(m, lr=torch.tensor(0.01), factor_interval=2, inverse_interval=2),
     "kfac-adaptive": lambda m: tc.KFAC(m, lr=0.01, factor_interval=tc.AdaptiveInterval(0.5), inverse="eigen"),
+    "kfac-even": lambda m: tc.KFAC(m, refresh_budget="even", factor_interval=2, inverse_interval=2),
+    "kfac-ekfac": lambda m: tc.KFAC(m, inverse="eigen", ekfac=True, damping_rule=tc.WarmupDamping(10.0, 5)),
     "newton-cg": lambda m: tc.NewtonCG(m, product="reverse", warm_start=0.5),
     "newton-cg-kfac": lambda m: tc.NewtonCG(m, product="reverse", preconditioner=tc.KFAC(m)),
     "sgn": lambda m: tc.SGN(m, product="double_vjp", momentum=0.5),

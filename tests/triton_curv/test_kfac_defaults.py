@@ -86,6 +86,29 @@ def test_centred_factor_is_the_covariance_of_output_gradients(kind: str) -> None
     torch.testing.assert_close(optimizer.blocks["0"].factors()["G"].reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize("unscaled", [False, True], ids=["by step", "before"])
+def test_gradients_of_a_grad_scaler_centre_by_their_own_scale(unscaled: bool) -> None:
+    x, found = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=1, enabled=enabled)
+        optimizer = tc.KFAC(model, lr=0.0, factor_interval=1, inverse_interval=1, grad_scaler=scaler)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale((model(x) - 1.5).square().sum(1).mean()).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+                before = optimizer.blocks["0"].factors()["G"]
+            scaler.step(optimizer)
+            scaler.update()
+            found.append(optimizer.blocks["0"].factors()["G"])
+            if unscaled:
+                torch.testing.assert_close(before, found[-1])
+    for plain, scaled in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["diagonal", "dense", "grouped"])
 def test_samples_that_are_all_alike_keep_the_scale_and_direction_of_their_curvature(kind: str) -> None:
     torch.manual_seed(0)

@@ -37,6 +37,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "budget": {"refresh_budget": 1, "inverse_interval": 6},
     "ekfac-budget": {"inverse": "eigen", "ekfac": True, "refresh_budget": 2, "inverse_interval": 6},
     "even": {"refresh_budget": "even", "factor_interval": 4, "inverse_interval": 4},
+    "growing": {"factor_interval": tc.GrowingInterval(8), "inverse_interval": tc.GrowingInterval(8)},
+    "even-growing": {
+        "refresh_budget": "even",
+        "factor_interval": tc.GrowingInterval(8),
+        "inverse_interval": tc.GrowingInterval(8),
+    },
+    "even-reject": {"refresh_budget": "even", "damping_rule": tc.LevenbergMarquardt(interval=2, reject=True)},
     "even-apart": {"refresh_budget": "even", "fisher": "sampled"},
     "epoch": {"factor_interval": tc.EpochInterval(2), "inverse_interval": tc.EpochInterval(2)},
     "adaptive": {"factor_interval": tc.AdaptiveInterval(0.5), "factor_decay": 0.0},

@@ -14,6 +14,7 @@ BLIND = (
     "triton_curv.blocks.bank.known_true",
     "triton_curv.blocks.centre.known_true",
     "triton_curv.blocks.samples.known_true",
+    "triton_curv.blocks.shifts.known_true",
     "triton_curv.optimizers.apply.known_true",
     "triton_curv.optimizers.fallback.known_true",
     "triton_curv.optimizers.kfac.known_true",

@@ -338,7 +338,7 @@ class FactorStore:
         """Sums whose captured coordinates come in another order than the layer's weights, put into theirs, in place."""
         for place, order in orders:
             part = sums[place]
-            part.copy_(part[:, order[:, None], order])
+            part.copy_(part.index_select(1, order).mT.index_select(1, order).mT)  # by rows, which are copied in one go
         return sums
 
     def fold_(self, how: Normalisation, due: Tensor | None = None, turn: Collection[int] | None = None) -> None:

@@ -108,7 +108,8 @@ class KFAC(Rebuilt):
     Args, what the loss is:
         reduction: how the loss reduces over its samples; with "sum", gradients are divided by the sample count.
         loss_scale: a constant the loss was multiplied with before backward(); gradients still carry it.
-        grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself).
+        grad_scaler: a torch.amp.GradScaler; its scale is taken out of G (it unscales the gradients itself). Where G is
+            centred, call `refresh()` and look at pending `factors()` after `grad_scaler.unscale_(optimizer)` only.
         maximize: ascend instead of descend.
         compile: True, or arguments for `torch.compile`: each region becomes a graph when it first runs. On one rank.
 
