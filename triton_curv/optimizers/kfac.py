@@ -151,7 +151,7 @@ class KFAC(Rebuilt):
         inverse_interval: int | RefreshSchedule = GROWING,
         refresh_budget: int | Even | None = None,
         inverse: InverseName = "auto",
-        inverse_tolerance: float = 2.0,
+        inverse_tolerance: float = 1.5,
         ekfac: bool = False,
         norm_fisher: NormFisher = "unit",
         weight_sharing: WeightSharing = "expand",

@@ -33,7 +33,7 @@ class KFACOptions:
     centred: bool = True
     fallback: FallbackName = "adamw"
     inverse: InverseName = "auto"
-    inverse_tolerance: float = 2.0
+    inverse_tolerance: float = 1.5
     ekfac: bool = False
     update_size: UpdateSize = "matched"
     nesterov: bool = True
