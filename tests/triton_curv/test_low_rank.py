@@ -96,6 +96,15 @@ def test_none_where_no_form_fits(matrix: Tensor) -> None:
     assert truncate(matrix, 1e-3, None, 0.2) is None
 
 
+def test_nothing_seen_yet_is_a_multiple_of_one() -> None:
+    """Of rank 0, so that a layer that is used later has forms then; a diagonal of zeros alone is not nothing."""
+    nothing = torch.zeros(WIDE, WIDE, dtype=torch.float64)
+    found = truncate(nothing, 0.5, None, 1.5)
+    assert found is not None
+    assert (found.form.rank, found.form.scale, found.error) == (0, 2.0, 0.0)
+    assert truncate(nothing + 1.0 - torch.eye(WIDE, dtype=torch.float64), 1e-3, None, 0.2) is None
+
+
 def test_products_and_storage() -> None:
     """Products are those with the dense matrix; a form comes back from the place of an inverse as it was put there."""
     torch.manual_seed(0)

@@ -66,6 +66,8 @@ def truncate(matrix: Tensor, shift: float, start: Tensor | None, tolerance: floa
     """
     n = matrix.shape[-1]
     trace = float(matrix.diagonal().sum())
+    if trace == 0.0 and not bool(matrix.any()):  # a layer that has not been used yet
+        return Truncation(LowRank(matrix[:0], matrix[0, :0], 1.0 / shift), 0.0)
     rows = _widened(matrix, start, n // 8 if start is None else max(12, len(start) // 6))
     for _ in range(ROUNDS):
         if len(rows) > n // 2 or not abs(trace) < math.inf:
